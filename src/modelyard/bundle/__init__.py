@@ -1,0 +1,1 @@
+"""The hand-over between training and inference: a documented directory on disk."""

@@ -1,0 +1,310 @@
+"""A bundle on disk: write it beside and rename, read it without executing anything, verify every byte.
+
+    bundle.json      the manifest, with a digest per file and one of the whole
+    model.onnx       the whole computation (+ external data, listed like every other file)
+    cases.npz        golden inputs and outputs
+    reference.npz    statistics of the training data
+    profile.json     measured latencies; optional, replaceable, outside the identity
+
+The specification is docs/bundle-format.md.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modelyard.bundle.cases import CaseSet, read_cases, write_cases
+from modelyard.bundle.graph import Graph, read_graph
+from modelyard.bundle.jsonfile import BLANK, read_digested, write_digested
+from modelyard.bundle.limits import DEFAULT_LIMITS, Limits
+from modelyard.bundle.manifest import (
+    FORMAT_VERSION,
+    Cases,
+    FileEntry,
+    Lineage,
+    Manifest,
+    Signature,
+    Targets,
+    TensorSpec,
+)
+from modelyard.bundle.paths import regular_file, safe_relative
+from modelyard.bundle.profile import Profile, read_profiles
+from modelyard.bundle.reference import Reference, read_reference, write_reference
+from modelyard.errors import (
+    BundleError,
+    DigestMismatch,
+    ForbiddenOperator,
+    MalformedManifest,
+    MissingFile,
+    SignatureMismatch,
+    TooLarge,
+    TruncatedFile,
+    UnknownFormatVersion,
+)
+from modelyard.schema import convert, to_builtins
+
+MANIFEST, MODEL, CASES, REFERENCE, PROFILE = "bundle.json", "model.onnx", "cases.npz", "reference.npz", "profile.json"
+REQUIRED_FILES = (MODEL, CASES, REFERENCE)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and verified. The files it names must not change while it is in use."""
+
+    path: Path
+    manifest: Manifest
+    graph: Graph
+    limits: Limits = DEFAULT_LIMITS
+
+    @property
+    def digest(self) -> str:
+        """The bundle's identity."""
+        return self.manifest.digest
+
+    @property
+    def signature(self) -> Signature:
+        return self.manifest.signature
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / MODEL
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.manifest.files)
+
+    def cases(self) -> CaseSet:
+        return read_cases(self.path / CASES, self.signature, self.limits)
+
+    def reference(self) -> Reference:
+        return read_reference(self.path / REFERENCE, self.limits)
+
+    def profiles(self) -> tuple[Profile, ...]:
+        return read_profiles(self.path / PROFILE, self.limits)
+
+
+@dataclass(frozen=True)
+class BundleContent:
+    """Everything a bundle is written from. `model` is the ONNX bytes, or a file whose external data lies beside it."""
+
+    name: str
+    task: str
+    signature: Signature
+    model: bytes | Path
+    cases: CaseSet
+    cases_origin: str
+    reference: Reference
+    lineage: Lineage
+    targets: Targets = Targets()
+    rtol: float = 1e-4
+    atol: float = 1e-4
+    rows_independent: bool = True
+    extra_domains: tuple[str, ...] = ()
+    description: str | None = None
+
+
+def write_bundle(target: Path, content: BundleContent, limits: Limits = DEFAULT_LIMITS) -> Bundle:
+    """Write `content` as a bundle at `target`, which must not exist, and return it as read back.
+
+    Raises:
+        FileExistsError: `target` exists; nothing was written.
+        BundleError: the content breaks the format.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; a bundle is never overwritten: choose another path or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    beside.mkdir()
+    try:
+        external = _write_model(beside, content, limits)
+        write_cases(beside / CASES, content.cases, content.signature)
+        write_reference(beside / REFERENCE, content.reference)
+        manifest = {
+            "digest": BLANK,
+            "format_version": FORMAT_VERSION,
+            "name": content.name,
+            "task": content.task,
+            "signature": content.signature,
+            "cases": Cases(
+                n_samples=content.cases.n_samples,
+                origin=content.cases_origin,  # type: ignore[arg-type]  # checked by the conversion below
+                rtol=content.rtol,
+                atol=content.atol,
+            ),
+            "files": tuple(_entry(beside, name) for name in (*REQUIRED_FILES, *external)),
+            "lineage": content.lineage,
+            "targets": content.targets,
+            "rows_independent": content.rows_independent,
+            "extra_domains": content.extra_domains,
+        }
+        if content.description is not None:
+            manifest["description"] = content.description
+        checked = convert(to_builtins(manifest), Manifest, source=str(target), error=MalformedManifest)
+        write_digested(beside / MANIFEST, to_builtins(checked))
+        written = read_bundle(beside, allow_domains=content.extra_domains, limits=limits)
+        written.cases()
+        written.reference()
+        beside.rename(target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return replace(written, path=target)
+
+
+def _write_model(beside: Path, content: BundleContent, limits: Limits) -> tuple[str, ...]:
+    """Write model.onnx and its external data under `beside`; return the names of the external files."""
+    if isinstance(content.model, bytes):
+        (beside / MODEL).write_bytes(content.model)
+        return ()
+    graph = read_graph(content.model, extra_domains=content.extra_domains, limits=limits)
+    shutil.copyfile(content.model, beside / MODEL)
+    for name in graph.external_files:
+        if name in (MANIFEST, PROFILE, *REQUIRED_FILES):
+            raise BundleError(
+                f"{content.model}: external data is called {name!r}, which the bundle needs itself; rename it"
+            )
+        (beside / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(content.model.parent / name, beside / name)
+    return graph.external_files
+
+
+def read_bundle(path: Path, *, allow_domains: Iterable[str] = (), limits: Limits = DEFAULT_LIMITS) -> Bundle:
+    """Read and verify the bundle at `path`: manifest, sizes, digests, graph, signature. Nothing is executed.
+
+    Args:
+        allow_domains: operator domains consented to beyond those every bundle may use.
+
+    Raises:
+        BundleError: one of its kinds, each naming the file and the remedy.
+    """
+    manifest = read_manifest(path, limits)
+    unconsented = sorted(set(manifest.extra_domains) - set(allow_domains))
+    if unconsented:
+        raise ForbiddenOperator(
+            f"{path}: uses operators of {', '.join(unconsented)}; consent with --allow-domain {unconsented[0]} if you trust it"
+        )
+    for entry in manifest.files:
+        status = regular_file(path, safe_relative(entry.path, f"{path / MANIFEST}: files"))
+        if status.st_size != entry.size_bytes:
+            raise TruncatedFile(
+                f"{path / entry.path}: has {status.st_size} bytes, the manifest says {entry.size_bytes}; fetch the bundle again",
+                path=entry.path,
+            )
+        digest = sha256_of(path / entry.path)
+        if digest != entry.sha256:
+            raise DigestMismatch(
+                f"{path / entry.path}: its SHA-256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…; fetch the bundle again",
+                path=entry.path,
+            )
+    graph = read_graph(
+        path / MODEL,
+        listed=[entry.path for entry in manifest.files],
+        extra_domains=manifest.extra_domains,
+        limits=limits,
+    )
+    _check_signature(manifest.signature, graph.signature, path)
+    return Bundle(path=path, manifest=manifest, graph=graph, limits=limits)
+
+
+def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
+    """Return the manifest of the bundle at `path`, its own digest and schema checked but none of the files it lists."""
+    if not path.is_dir():
+        raise MissingFile(f"{path}: no such bundle folder; give the path of a folder with a {MANIFEST}")
+    regular_file(path, MANIFEST)
+    data = read_digested(path / MANIFEST, limits.max_manifest_bytes)
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UnknownFormatVersion(
+            f"{path / MANIFEST}: format_version {version!r} is not known here (known: {FORMAT_VERSION}); install a newer modelyard",
+            format_version=version,
+        )
+    manifest = convert(data, Manifest, source=str(path / MANIFEST), error=MalformedManifest)
+    _check_files(manifest, path, limits)
+    return manifest
+
+
+def _check_files(manifest: Manifest, path: Path, limits: Limits) -> None:
+    names = [safe_relative(entry.path, f"{path / MANIFEST}: files") for entry in manifest.files]
+    if len(set(names)) != len(names):
+        raise MalformedManifest(f"{path / MANIFEST}: files: a path stands twice; keep one")
+    for required in REQUIRED_FILES:
+        if required not in names:
+            raise MissingFile(
+                f"{path / MANIFEST}: files: {required} is not listed; write the bundle again", path=required
+            )
+    if len(names) > limits.max_files:
+        raise TooLarge(
+            f"{path / MANIFEST}: files: {len(names)} of them, the limit is {limits.max_files}; raise the limit"
+        )
+    for entry in manifest.files:
+        if entry.size_bytes > limits.max_file_bytes:
+            raise TooLarge(
+                f"{path / MANIFEST}: files: {entry.path} has {entry.size_bytes} bytes, the limit is {limits.max_file_bytes}; raise the limit"
+            )
+    total = sum(entry.size_bytes for entry in manifest.files)
+    if total > limits.max_bundle_bytes:
+        raise TooLarge(f"{path}: {total} bytes in all, the limit is {limits.max_bundle_bytes}; raise the limit")
+
+
+def _check_signature(declared: Signature, found: Signature, path: Path) -> None:
+    """Names, datatypes and shapes must agree; where the graph leaves an axis open, the manifest may fix it."""
+    for role, ours, theirs in (("inputs", declared.inputs, found.inputs), ("outputs", declared.outputs, found.outputs)):
+        names = [spec.name for spec in ours]
+        if names != [spec.name for spec in theirs]:
+            raise SignatureMismatch(
+                f"{path}: signature.{role} names {names}, the graph has {[spec.name for spec in theirs]}; write the bundle again"
+            )
+        for mine, graphs in zip(ours, theirs, strict=True):
+            if mine.datatype != graphs.datatype or not _shape_fits(mine, graphs):
+                raise SignatureMismatch(
+                    f"{path}: signature.{role}: {mine.name!r} is {mine.datatype} {list(mine.shape)}, the graph has "
+                    f"{graphs.datatype} {list(graphs.shape)}; write the bundle again"
+                )
+
+
+def _shape_fits(mine: TensorSpec, graphs: TensorSpec) -> bool:
+    return len(mine.shape) == len(graphs.shape) and all(
+        isinstance(theirs, str) or ours == theirs for ours, theirs in zip(mine.shape, graphs.shape, strict=True)
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _entry(root: Path, name: str) -> FileEntry:
+    return FileEntry(path=name, size_bytes=os.stat(root / name).st_size, sha256=sha256_of(root / name))
+
+
+def differences(old: Manifest, new: Manifest) -> Mapping[str, tuple[Any, Any]]:
+    """Return field → (old, new) for every leaf of the two manifests that differs; absent leaves are None."""
+    before, after = _leaves(to_builtins(old)), _leaves(to_builtins(new))
+    return {
+        field: (before.get(field), after.get(field))
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field) != after.get(field)
+    }
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten to dotted fields; a list of named things is keyed by its names, others by position."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        items = {
+            str(item.get("name") or item.get("path") or item.get("metric") or i): item for i, item in enumerate(value)
+        }.items()
+    else:
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, item in items
+        for name, leaf in _leaves(item, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

@@ -1,0 +1,368 @@
+"""An ONNX file read as data: its signature, operators, weights and external files. Nothing is run.
+
+The file is parsed with protobuf, which onnxruntime brings, so that the bare install needs no `onnx` package. The handful of
+message fields below are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); everything else in a
+file is carried over unread.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelyard.bundle.limits import DEFAULT_LIMITS, Limits
+from modelyard.bundle.manifest import ALLOWED_DOMAINS, BATCH, NUMPY_DTYPES, Signature, TensorSpec
+from modelyard.bundle.paths import safe_relative
+from modelyard.errors import (
+    ForbiddenOperator,
+    MalformedGraph,
+    MissingExtra,
+    MissingFile,
+    SignatureMismatch,
+    TooLarge,
+    UnsafePath,
+)
+
+DEFAULT_DOMAIN = "ai.onnx"
+EXTERNAL = 1
+
+# TensorProto.DataType: number → (our datatype or None where a signature cannot carry it, bits per element).
+_ELEMENT_TYPES: dict[int, tuple[str | None, int]] = {
+    1: ("FP32", 32), 2: ("UINT8", 8), 3: ("INT8", 8), 4: ("UINT16", 16), 5: ("INT16", 16), 6: ("INT32", 32),
+    7: ("INT64", 64), 8: ("BYTES", 8), 9: ("BOOL", 8), 10: ("FP16", 16), 11: ("FP64", 64), 12: ("UINT32", 32),
+    13: ("UINT64", 64), 14: (None, 64), 15: (None, 128), 16: ("BF16", 16), 17: (None, 8), 18: (None, 8), 19: (None, 8),
+    20: (None, 8), 21: (None, 4), 22: (None, 4), 23: (None, 4), 24: (None, 8), 25: (None, 2), 26: (None, 2),
+}  # fmt: skip
+
+# message → {field: (number, kind)}; kind is a scalar type or a message name, "*" behind it marks a repeated field. Text is
+# read as bytes and decoded here, so that bad UTF-8 is our error and not the library's.
+_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+    "Model": {
+        "ir_version": (1, "int64"), "producer_name": (2, "bytes"), "producer_version": (3, "bytes"),
+        "graph": (7, "Graph"), "opset_import": (8, "OperatorSet*"), "training_info": (20, "bytes*"),
+        "functions": (25, "Function*"),
+    },
+    "OperatorSet": {"domain": (1, "bytes"), "version": (2, "int64")},
+    "Graph": {
+        "node": (1, "Node*"), "initializer": (5, "Tensor*"), "input": (11, "ValueInfo*"), "output": (12, "ValueInfo*"),
+        "sparse_initializer": (15, "SparseTensor*"),
+    },
+    "Node": {
+        "input": (1, "bytes*"), "output": (2, "bytes*"), "op_type": (4, "bytes"), "attribute": (5, "Attribute*"),
+        "domain": (7, "bytes"),
+    },
+    "Attribute": {
+        "name": (1, "bytes"), "t": (5, "Tensor"), "g": (6, "Graph"), "tensors": (10, "Tensor*"), "graphs": (11, "Graph*"),
+        "sparse_tensor": (22, "SparseTensor"), "sparse_tensors": (23, "SparseTensor*"),
+    },
+    "Tensor": {
+        "dims": (1, "int64*"), "data_type": (2, "int32"), "float_data": (4, "float*"), "int32_data": (5, "int32*"),
+        "string_data": (6, "bytes*"), "int64_data": (7, "int64*"), "name": (8, "bytes"), "raw_data": (9, "bytes"),
+        "double_data": (10, "double*"), "uint64_data": (11, "uint64*"), "external_data": (13, "Entry*"),
+        "data_location": (14, "int32"),
+    },
+    "SparseTensor": {"values": (1, "Tensor"), "indices": (2, "Tensor"), "dims": (3, "int64*")},
+    "Entry": {"key": (1, "bytes"), "value": (2, "bytes")},
+    "ValueInfo": {"name": (1, "bytes"), "type": (2, "Type")},
+    "Type": {"tensor_type": (1, "TensorType")},
+    "TensorType": {"elem_type": (1, "int32"), "shape": (2, "Shape")},
+    "Shape": {"dim": (1, "Dimension*")},
+    "Dimension": {"dim_value": (1, "int64"), "dim_param": (2, "bytes")},
+    "Function": {"name": (1, "bytes"), "node": (7, "Node*"), "domain": (10, "bytes")},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What an ONNX file contains, as far as a bundle cares."""
+
+    signature: Signature
+    operators: Mapping[str, int]
+    """Operator as "domain:Type" → how often, subgraphs and functions included."""
+    opsets: Mapping[str, int]
+    weight_bytes: int
+    """Bytes of all constant tensors: initializers and those in attributes, external ones included."""
+    external_files: tuple[str, ...] = ()
+    producer: str = ""
+
+    @property
+    def domains(self) -> frozenset[str]:
+        return frozenset(operator.rpartition(":")[0] for operator in self.operators)
+
+
+def read_graph(
+    path: Path,
+    *,
+    listed: Iterable[str] | None = None,
+    extra_domains: Iterable[str] = (),
+    limits: Limits = DEFAULT_LIMITS,
+) -> Graph:
+    """Return what the ONNX file at `path` contains, after checking that it is safe to load.
+
+    Args:
+        path: the file; external data is looked for beside it.
+        listed: names of files that external data may lie in; None allows any regular file beside the model.
+        extra_domains: operator domains the caller consents to beyond ai.onnx, ai.onnx.ml and com.microsoft.
+
+    Raises:
+        MalformedGraph, ForbiddenOperator, UnsafePath, MissingFile, TooLarge, SignatureMismatch.
+    """
+    size_bytes = path.stat().st_size
+    if size_bytes > limits.max_file_bytes:
+        raise TooLarge(
+            f"{path}: {size_bytes} bytes, the limit is {limits.max_file_bytes}; keep large weights as external data or raise the limit"
+        )
+    message = _messages()["Model"]()
+    try:
+        message.ParseFromString(path.read_bytes())
+    except Exception as exc:  # google.protobuf.message.DecodeError; the name is not importable without protobuf
+        raise MalformedGraph(f"{path}: not an ONNX model ({exc}); export it again") from exc
+    if not message.HasField("graph") or not message.opset_import:
+        raise MalformedGraph(f"{path}: no graph or no operator set in it; export it again as an ONNX model")
+    return _Reader(path, listed, frozenset((*ALLOWED_DOMAINS, *extra_domains)), limits).read(message)
+
+
+@dataclass
+class _Reader:
+    path: Path
+    listed: Iterable[str] | None
+    allowed: frozenset[str]
+    limits: Limits
+    operators: Counter[str] = field(default_factory=Counter)
+    external: dict[str, None] = field(default_factory=dict)
+    weight_bytes: int = 0
+    functions: frozenset[tuple[str, str]] = frozenset()
+
+    def read(self, model: Any) -> Graph:
+        if model.training_info:
+            raise ForbiddenOperator(f"{self.path}: contains training steps; export the inference graph only")
+        self.functions = frozenset((_domain(f.domain), self.text(f.name)) for f in model.functions)
+        self.walk_graph(model.graph)
+        for function in model.functions:
+            self.walk_nodes(function.node, {})
+        initialized = {bytes(tensor.name) for tensor in model.graph.initializer}
+        inputs = [value for value in model.graph.input if bytes(value.name) not in initialized]
+        if not inputs or not model.graph.output:
+            raise SignatureMismatch(
+                f"{self.path}: the graph has no inputs or no outputs; nothing can be served from it"
+            )
+        return Graph(
+            signature=Signature(
+                inputs=tuple(self.tensor_spec(value, "input") for value in inputs),
+                outputs=tuple(self.tensor_spec(value, "output") for value in model.graph.output),
+            ),
+            operators=dict(sorted(self.operators.items())),
+            opsets={_domain(opset.domain): opset.version for opset in model.opset_import},
+            weight_bytes=self.weight_bytes,
+            external_files=tuple(self.external),
+            producer=f"{self.text(model.producer_name)} {self.text(model.producer_version)}".strip(),
+        )
+
+    def walk_graph(self, graph: Any) -> None:
+        constants: dict[bytes, Any] = {}
+        for tensor in graph.initializer:
+            self.check_tensor(tensor)
+            constants[bytes(tensor.name)] = tensor
+        for sparse in graph.sparse_initializer:
+            self.check_sparse(sparse)
+        self.walk_nodes(graph.node, constants)
+
+    def walk_nodes(self, nodes: Iterable[Any], constants: dict[bytes, Any]) -> None:
+        for node in nodes:
+            domain, op_type = _domain(node.domain), self.text(node.op_type)
+            if domain not in self.allowed and (domain, op_type) not in self.functions:
+                raise ForbiddenOperator(
+                    f"{self.path}: operator {op_type!r} of domain {domain!r} is not allowed "
+                    f"(allowed: {', '.join(sorted(self.allowed))}); consent with --allow-domain {domain} if you trust it",
+                    domain=domain,
+                    operator=op_type,
+                )
+            self.operators[f"{domain}:{op_type}"] += 1
+            for attribute in node.attribute:
+                for tensor in (*_present(attribute, "t"), *attribute.tensors):
+                    self.check_tensor(tensor)
+                    if op_type == "Constant":
+                        constants |= {bytes(output): tensor for output in node.output}
+                for sparse in (*_present(attribute, "sparse_tensor"), *attribute.sparse_tensors):
+                    self.check_sparse(sparse)
+                for subgraph in (*_present(attribute, "g"), *attribute.graphs):
+                    self.walk_graph(subgraph)
+            self.check_expansion(op_type, node, constants)
+
+    def check_tensor(self, tensor: Any) -> None:
+        """A constant must fit the bytes that are there for it, and the limit."""
+        name = self.text(tensor.name) or "a constant"
+        if tensor.data_type not in _ELEMENT_TYPES:
+            raise MalformedGraph(
+                f"{self.path}: tensor {name!r} has unknown data type {tensor.data_type}; export it again"
+            )
+        datatype, bits = _ELEMENT_TYPES[tensor.data_type]
+        n_elements = self.n_elements(tensor.dims, name)
+        n_bytes = math.ceil(n_elements * bits / 8)
+        if n_bytes > self.limits.max_tensor_bytes:
+            raise TooLarge(
+                f"{self.path}: tensor {name!r} declares {n_bytes} bytes, the limit is {self.limits.max_tensor_bytes}; "
+                "raise the limit if the model is meant to be that large"
+            )
+        if tensor.data_location == EXTERNAL:
+            self.check_external(tensor, name, n_bytes)
+        elif datatype == "BYTES":
+            self.require_elements(name, n_elements, len(tensor.string_data))
+        elif tensor.HasField("raw_data"):
+            self.require_elements(name, n_bytes, len(tensor.raw_data))
+        else:
+            stored = max(
+                len(values)
+                for values in (
+                    tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data
+                )
+            )  # fmt: skip
+            self.require_elements(name, n_elements, stored * max(1, 8 // bits))
+        self.weight_bytes += sum(map(len, tensor.string_data)) if datatype == "BYTES" else n_bytes
+
+    def require_elements(self, name: str, declared: int, stored: int) -> None:
+        if declared > stored:
+            raise TooLarge(
+                f"{self.path}: tensor {name!r} declares {declared} elements or bytes, its file holds {stored}; export the model again",
+                declared=declared,
+                stored=stored,
+            )
+
+    def check_sparse(self, sparse: Any) -> None:
+        self.check_tensor(sparse.values)
+        self.check_tensor(sparse.indices)
+        self.require_dense(sparse.dims, self.text(sparse.values.name) or "a sparse constant")
+
+    def check_external(self, tensor: Any, name: str, n_bytes: int) -> None:
+        entries = {self.text(entry.key): self.text(entry.value) for entry in tensor.external_data}
+        location = entries.get("location", "")
+        relative = safe_relative(location, f"{self.path}: external data of tensor {name!r}")
+        if self.listed is not None and relative not in set(self.listed):
+            raise UnsafePath(
+                f"{self.path}: external data {location!r} of tensor {name!r} is not a file listed in the manifest; list it"
+            )
+        file = self.path.parent / relative
+        if file.is_symlink() or not file.resolve().is_relative_to(self.path.parent.resolve()):
+            raise UnsafePath(f"{file}: external data of tensor {name!r} is a link; replace it by the file itself")
+        if not file.is_file():
+            raise MissingFile(f"{file}: external data of tensor {name!r} is missing; copy it beside the model")
+        try:
+            offset = int(entries.get("offset", "0"))
+            length = int(entries.get("length", str(n_bytes)))
+        except ValueError as exc:
+            raise MalformedGraph(
+                f"{self.path}: external data of tensor {name!r}: offset and length must be integers, got {entries}"
+            ) from exc
+        available = file.stat().st_size
+        if offset < 0 or length < n_bytes or offset + length > available:
+            raise TooLarge(
+                f"{self.path}: tensor {name!r} declares {n_bytes} bytes at {offset} (+{length}) of {relative}, which has {available}; "
+                "export the model again",
+                declared=n_bytes,
+                stored=available,
+            )
+        self.external[relative] = None
+
+    def check_expansion(self, op_type: str, node: Any, constants: Mapping[bytes, Any]) -> None:
+        """A few bytes can ask for terabytes: a constant shape given to ConstantOfShape or Expand must stay under the limit."""
+        position = {"ConstantOfShape": 0, "Expand": 1}.get(op_type)
+        if position is None or len(node.input) <= position:
+            return
+        tensor = constants.get(bytes(node.input[position]))
+        if tensor is not None and tensor.data_type == 7 and tensor.data_location != EXTERNAL:
+            raw = bytes(tensor.raw_data)
+            shape = tensor.int64_data or [
+                int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw), 8)
+            ]
+            self.require_dense(shape, f"the result of {op_type}")
+
+    def require_dense(self, dims: Iterable[int], name: str) -> None:
+        n_elements = self.n_elements(dims, name)
+        if n_elements > self.limits.max_tensor_bytes:
+            raise TooLarge(
+                f"{self.path}: {name} would have {n_elements} elements, the limit is {self.limits.max_tensor_bytes} bytes; "
+                "this looks like an attack on memory"
+            )
+
+    def n_elements(self, dims: Iterable[int], name: str) -> int:
+        sizes = list(dims)
+        if any(size < 0 for size in sizes):
+            raise MalformedGraph(f"{self.path}: {name} has a negative dimension {sizes}; export it again")
+        return math.prod(sizes)
+
+    def tensor_spec(self, value: Any, role: str) -> TensorSpec:
+        name = self.text(value.name)
+        if not value.HasField("type") or not value.type.HasField("tensor_type"):
+            raise SignatureMismatch(
+                f"{self.path}: {role} {name!r} is not a tensor (a sequence or map, as scikit-learn converters write with "
+                "zipmap on); convert with zipmap=False"
+            )
+        tensor = value.type.tensor_type
+        datatype = _ELEMENT_TYPES.get(tensor.elem_type, (None, 0))[0]
+        if datatype is None:
+            raise SignatureMismatch(
+                f"{self.path}: {role} {name!r} has element type {tensor.elem_type}, which no protocol can carry; "
+                f"cast it to one of {', '.join(NUMPY_DTYPES)}"
+            )
+        if not tensor.HasField("shape"):
+            raise SignatureMismatch(
+                f"{self.path}: {role} {name!r} has no shape; export it with a shape (axes may be dynamic)"
+            )
+        return TensorSpec(name=name, datatype=datatype, shape=self.axes(tensor.shape.dim))  # type: ignore[arg-type]  # from the table of datatypes
+
+    def axes(self, dims: Iterable[Any]) -> tuple[int | str, ...]:
+        axes: list[int | str] = []
+        for position, dim in enumerate(dims):
+            if dim.HasField("dim_value"):
+                axes.append(dim.dim_value)
+            elif position == 0:
+                axes.append(BATCH)
+            else:
+                axes.append(self.text(dim.dim_param) or f"axis_{position}")
+        return tuple(axes)
+
+    def text(self, raw: bytes) -> str:
+        try:
+            return bytes(raw).decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise MalformedGraph(f"{self.path}: a name is not UTF-8 ({raw[:40]!r}); export it again") from exc
+
+
+def _present(message: Any, name: str) -> Iterator[Any]:
+    if message.HasField(name):
+        yield getattr(message, name)
+
+
+def _domain(raw: bytes) -> str:
+    return bytes(raw).decode("utf-8", errors="replace") or DEFAULT_DOMAIN
+
+
+@functools.cache
+def _messages() -> dict[str, Any]:
+    """Build protobuf classes from `_MESSAGES`, in a pool of their own so that they never meet the `onnx` package's."""
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    except ImportError as exc:
+        raise MissingExtra("protobuf", "train", "reading an ONNX graph") from exc
+
+    field_type = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="modelyard_onnx.proto", package="modelyard", syntax="proto2")
+    for message_name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=message_name)
+        for field_name, (number, kind) in fields.items():
+            scalar = kind.rstrip("*")
+            entry = message.field.add(name=field_name, number=number)
+            entry.label = field_type.LABEL_REPEATED if kind.endswith("*") else field_type.LABEL_OPTIONAL
+            if scalar in _MESSAGES:
+                entry.type, entry.type_name = field_type.TYPE_MESSAGE, f".modelyard.{scalar}"
+            else:
+                entry.type = getattr(field_type, f"TYPE_{scalar.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)  # type: ignore[no-untyped-call]  # protobuf ships no types for it
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"modelyard.{name}"))  # type: ignore[no-untyped-call]  # as above
+        for name in _MESSAGES
+    }

@@ -1,0 +1,72 @@
+"""`modelyard`: the table of commands. A command's module is imported when it is called, so that --help stays quick."""
+
+import importlib
+import sys
+
+import click
+
+from modelyard import __version__
+from modelyard.errors import ModelyardError
+
+# Command → where it lives and its line in --help.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": (
+        "modelyard.cli.run:run",
+        "The whole job: data, training, compression, publishing, serving, a table to act on.",
+    ),
+    "train": ("modelyard.cli.train:train", "Train a model from labelled data and write its bundle."),
+    "import": ("modelyard.cli.import_:import_", "Turn an ONNX file from elsewhere into a bundle in a store."),
+    "compress": ("modelyard.cli.compress:compress", "Quantize a bundle; accept it only by measurement and test."),
+    "bundle": ("modelyard.cli.bundle:bundle", "Show, verify and compare bundles."),
+    "store": ("modelyard.cli.store:store", "List, publish and tag the versions in a store."),
+    "serve": ("modelyard.cli.serve:serve", "Serve a store's models over HTTP."),
+    "predict": ("modelyard.cli.predict:predict", "Answer the rows of a file with a bundle."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with `modelyard run yard.toml`; `modelyard COMMAND --help` shows examples.",
+)
+@click.version_option(__version__, prog_name="modelyard")
+def cli() -> None:
+    """From labelled data to a compressed, right-sized inference service, with the measurements that prove it."""
+
+
+def main() -> None:
+    """Run the command line; our own errors end it with one line and their exit code, 130 on Ctrl-C."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as exc:
+        sys.exit(exc.exit_code)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except ModelyardError as exc:
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(exc.exit_code)
+    except FileExistsError as exc:
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(2)

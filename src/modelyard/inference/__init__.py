@@ -1,0 +1,1 @@
+"""Runs and serves bundles on a light install; never torch."""

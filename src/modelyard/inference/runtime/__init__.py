@@ -1,0 +1,1 @@
+"""Engines: a bundle's graph made to compute."""

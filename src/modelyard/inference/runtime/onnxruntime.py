@@ -1,0 +1,42 @@
+"""The default engine: onnxruntime on the CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from modelyard.errors import MalformedGraph, RequestError
+from modelyard.inference.runtime._base import Arrays
+
+_FATAL_ONLY = 4
+
+
+class OnnxRuntimeEngine:
+    """One session on the CPU. The interpreter lock is released while it computes; any thread may call `run`."""
+
+    def __init__(self, model: Path | bytes, *, n_threads: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = n_threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _FATAL_ONLY  # errors come as exceptions; stderr stays ours
+        # Threads that spin while idle take the cores that requests and other models need.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # onnxruntime's exceptions share no base but Exception
+            where = "the graph" if isinstance(model, bytes) else str(model)
+            raise MalformedGraph(f"{where}: onnxruntime {ort.__version__} refuses it: {exc}") from exc
+        self.name = f"onnxruntime {ort.__version__}"
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        try:
+            answers = self._session.run(self._outputs, dict(inputs))
+        except Exception as exc:  # as above
+            raise RequestError(f"onnxruntime could not compute this input: {exc}") from exc
+        return dict(zip(self._outputs, answers, strict=True))
+
+    def close(self) -> None:
+        del self._session
