@@ -32,7 +32,9 @@ done and whose outcome is "no".
     ├── CompressionError (RuntimeError)        a technique does not apply to this bundle
     └── RequestError (ValueError)              the client's fault, 400
         ├── UnknownModel (LookupError)         404
+        ├── UnknownPath (LookupError)          404
         ├── MethodNotAllowed                   405
+        ├── ClientTooSlow                      408
         ├── BodyTooLarge                       413
         ├── HeadersTooLarge                    431
         └── NotReady                           503: loading or draining; not the client's fault
@@ -187,10 +189,22 @@ class UnknownModel(RequestError, LookupError):
     status = 404
 
 
+class UnknownPath(RequestError, LookupError):
+    """The server answers no such path."""
+
+    status = 404
+
+
 class MethodNotAllowed(RequestError):
     """The path exists, the verb does not."""
 
     status = 405
+
+
+class ClientTooSlow(RequestError):
+    """The request did not arrive in time."""
+
+    status = 408
 
 
 class BodyTooLarge(RequestError):

@@ -27,7 +27,9 @@ class CaseSet:
 
     @property
     def n_samples(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        """Rows of the first input; 1 where a model takes a bare scalar."""
+        first = next(iter(self.inputs.values()))
+        return len(first) if first.ndim else 1
 
 
 def write_cases(path: Path, cases: CaseSet, signature: Signature) -> None:
@@ -106,7 +108,8 @@ def differing_rows(wanted: NDArray[Any], got: NDArray[Any], *, rtol: float, atol
         same = np.isclose(got, wanted, rtol=rtol, atol=atol, equal_nan=True)
     else:
         same = np.asarray(wanted.astype(object) == got.astype(object), dtype=bool)
-    return np.flatnonzero(~same.reshape(len(wanted), -1).all(axis=1))
+    rows = np.atleast_1d(same)
+    return np.flatnonzero(~rows.reshape(len(rows), -1).all(axis=1))
 
 
 def _short(value: Any) -> str:

@@ -10,11 +10,10 @@ The specification is docs/bundle-format.md.
 """
 
 import hashlib
-import os
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from modelyard.errors import (
     TooLarge,
     TruncatedFile,
     UnknownFormatVersion,
+    UnsafePath,
 )
 from modelyard.schema import convert, to_builtins
 
@@ -79,7 +79,14 @@ class Bundle:
         return sum(entry.size_bytes for entry in self.manifest.files)
 
     def cases(self) -> CaseSet:
-        return read_cases(self.path / CASES, self.signature, self.limits)
+        """Return the golden cases; raises SignatureMismatch when they are not those the manifest announces."""
+        cases = read_cases(self.path / CASES, self.signature, self.limits)
+        announced = self.manifest.cases.n_samples
+        if any(spec.batched for spec in self.signature.inputs) and cases.n_samples != announced:
+            raise SignatureMismatch(
+                f"{self.path / CASES}: holds {cases.n_samples} cases, the manifest says {announced}; write the bundle again"
+            )
+        return cases
 
     def reference(self) -> Reference:
         return read_reference(self.path / REFERENCE, self.limits)
@@ -100,12 +107,33 @@ class BundleContent:
     cases_origin: str
     reference: Reference
     lineage: Lineage
-    targets: Targets = Targets()
+    targets: Targets = field(default_factory=Targets)
     rtol: float = 1e-4
     atol: float = 1e-4
     rows_independent: bool = True
     extra_domains: tuple[str, ...] = ()
     description: str | None = None
+
+
+def content_of(bundle: Bundle) -> BundleContent:
+    """Return what `bundle` was written from, to be changed with `dataclasses.replace` and written as another bundle."""
+    manifest = bundle.manifest
+    return BundleContent(
+        name=manifest.name,
+        task=manifest.task,
+        signature=manifest.signature,
+        model=bundle.model_path,
+        cases=bundle.cases(),
+        cases_origin=manifest.cases.origin,
+        reference=bundle.reference(),
+        lineage=manifest.lineage,
+        targets=manifest.targets,
+        rtol=manifest.cases.rtol,
+        atol=manifest.cases.atol,
+        rows_independent=manifest.rows_independent,
+        extra_domains=manifest.extra_domains,
+        description=manifest.description,
+    )
 
 
 def write_bundle(target: Path, content: BundleContent, limits: Limits = DEFAULT_LIMITS) -> Bundle:
@@ -182,33 +210,37 @@ def read_bundle(path: Path, *, allow_domains: Iterable[str] = (), limits: Limits
     Raises:
         BundleError: one of its kinds, each naming the file and the remedy.
     """
+    allowed = frozenset(allow_domains)
     manifest = read_manifest(path, limits)
-    unconsented = sorted(set(manifest.extra_domains) - set(allow_domains))
+    unconsented = sorted(set(manifest.extra_domains) - allowed)
     if unconsented:
         raise ForbiddenOperator(
             f"{path}: uses operators of {', '.join(unconsented)}; consent with --allow-domain {unconsented[0]} if you trust it"
         )
+    verify_files(path, manifest)
+    graph = read_graph(
+        path / MODEL, listed=[entry.path for entry in manifest.files], extra_domains=allowed, limits=limits
+    )
+    _check_signature(manifest.signature, graph.signature, path)
+    return Bundle(path=path, manifest=manifest, graph=graph, limits=limits)
+
+
+def verify_files(path: Path, manifest: Manifest) -> None:
+    """Raise a BundleError unless every listed file lies under `path` as a regular file of the listed size and digest."""
     for entry in manifest.files:
-        status = regular_file(path, safe_relative(entry.path, f"{path / MANIFEST}: files"))
+        status = regular_file(path, entry.path)
         if status.st_size != entry.size_bytes:
             raise TruncatedFile(
                 f"{path / entry.path}: has {status.st_size} bytes, the manifest says {entry.size_bytes}; fetch the bundle again",
                 path=entry.path,
             )
+    for entry in manifest.files:  # all sizes first: they cost nothing
         digest = sha256_of(path / entry.path)
         if digest != entry.sha256:
             raise DigestMismatch(
                 f"{path / entry.path}: its SHA-256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…; fetch the bundle again",
                 path=entry.path,
             )
-    graph = read_graph(
-        path / MODEL,
-        listed=[entry.path for entry in manifest.files],
-        extra_domains=manifest.extra_domains,
-        limits=limits,
-    )
-    _check_signature(manifest.signature, graph.signature, path)
-    return Bundle(path=path, manifest=manifest, graph=graph, limits=limits)
 
 
 def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
@@ -229,7 +261,12 @@ def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
 
 
 def _check_files(manifest: Manifest, path: Path, limits: Limits) -> None:
-    names = [safe_relative(entry.path, f"{path / MANIFEST}: files") for entry in manifest.files]
+    names = [entry.path for entry in manifest.files]
+    for name in names:
+        if safe_relative(name, f"{path / MANIFEST}: files") != name:
+            raise UnsafePath(f"{path / MANIFEST}: files: path {name!r} is not in its shortest form; write it plainly")
+        if name in (MANIFEST, PROFILE):
+            raise MalformedManifest(f"{path / MANIFEST}: files: {name} must not be listed; remove the entry")
     if len(set(names)) != len(names):
         raise MalformedManifest(f"{path / MANIFEST}: files: a path stands twice; keep one")
     for required in REQUIRED_FILES:
@@ -244,11 +281,13 @@ def _check_files(manifest: Manifest, path: Path, limits: Limits) -> None:
     for entry in manifest.files:
         if entry.size_bytes > limits.max_file_bytes:
             raise TooLarge(
-                f"{path / MANIFEST}: files: {entry.path} has {entry.size_bytes} bytes, the limit is {limits.max_file_bytes}; raise the limit"
+                f"{path / MANIFEST}: {entry.path} has {entry.size_bytes} bytes, the limit is {limits.max_file_bytes}; raise the limit"
             )
     total = sum(entry.size_bytes for entry in manifest.files)
     if total > limits.max_bundle_bytes:
-        raise TooLarge(f"{path}: {total} bytes in all, the limit is {limits.max_bundle_bytes}; raise the limit")
+        raise TooLarge(
+            f"{path / MANIFEST}: files: {total} bytes in all, the limit is {limits.max_bundle_bytes}; raise the limit"
+        )
 
 
 def _check_signature(declared: Signature, found: Signature, path: Path) -> None:
@@ -280,7 +319,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _entry(root: Path, name: str) -> FileEntry:
-    return FileEntry(path=name, size_bytes=os.stat(root / name).st_size, sha256=sha256_of(root / name))
+    return FileEntry(path=name, size_bytes=(root / name).stat().st_size, sha256=sha256_of(root / name))
 
 
 def differences(old: Manifest, new: Manifest) -> Mapping[str, tuple[Any, Any]]:
@@ -297,7 +336,7 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten to dotted fields; a list of named things is keyed by its names, others by position."""
     if isinstance(value, dict):
         items = value.items()
-    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
         items = {
             str(item.get("name") or item.get("path") or item.get("metric") or i): item for i, item in enumerate(value)
         }.items()

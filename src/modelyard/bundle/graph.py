@@ -7,7 +7,8 @@ file is carried over unread.
 
 import functools
 import math
-from collections import Counter
+import struct
+from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,10 @@ from modelyard.errors import (
 
 DEFAULT_DOMAIN = "ai.onnx"
 EXTERNAL = 1
+"""TensorProto.DataLocation of a tensor whose bytes lie in another file."""
+INT64 = 7
+"""TensorProto.DataType of shapes."""
+MAX_RANK = 64
 
 # TensorProto.DataType: number → (our datatype or None where a signature cannot carry it, bits per element).
 _ELEMENT_TYPES: dict[int, tuple[str | None, int]] = {
@@ -55,7 +60,8 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "domain": (7, "bytes"),
     },
     "Attribute": {
-        "name": (1, "bytes"), "t": (5, "Tensor"), "g": (6, "Graph"), "tensors": (10, "Tensor*"), "graphs": (11, "Graph*"),
+        "name": (1, "bytes"), "ints": (8, "int64*"), "t": (5, "Tensor"), "g": (6, "Graph"),
+        "tensors": (10, "Tensor*"), "graphs": (11, "Graph*"),
         "sparse_tensor": (22, "SparseTensor"), "sparse_tensors": (23, "SparseTensor*"),
     },
     "Tensor": {
@@ -73,6 +79,9 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "Dimension": {"dim_value": (1, "int64"), "dim_param": (2, "bytes")},
     "Function": {"name": (1, "bytes"), "node": (7, "Node*"), "domain": (10, "bytes")},
 }  # fmt: skip
+
+Constants = ChainMap[bytes, tuple[int, ...] | None]
+"""Tensor name → its values where it is a constant that can be a shape; inner graphs see those of outer ones."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +149,9 @@ class _Reader:
         if model.training_info:
             raise ForbiddenOperator(f"{self.path}: contains training steps; export the inference graph only")
         self.functions = frozenset((_domain(f.domain), self.text(f.name)) for f in model.functions)
-        self.walk_graph(model.graph)
+        self.walk_graph(model.graph, ChainMap())
         for function in model.functions:
-            self.walk_nodes(function.node, {})
+            self.walk_nodes(function.node, ChainMap())
         initialized = {bytes(tensor.name) for tensor in model.graph.initializer}
         inputs = [value for value in model.graph.input if bytes(value.name) not in initialized]
         if not inputs or not model.graph.output:
@@ -161,16 +170,17 @@ class _Reader:
             producer=f"{self.text(model.producer_name)} {self.text(model.producer_version)}".strip(),
         )
 
-    def walk_graph(self, graph: Any) -> None:
-        constants: dict[bytes, Any] = {}
+    def walk_graph(self, graph: Any, outer: Constants) -> None:
+        """Check a graph whose nodes may also use the constants of the graphs around it."""
+        constants = outer.new_child()
         for tensor in graph.initializer:
             self.check_tensor(tensor)
-            constants[bytes(tensor.name)] = tensor
+            constants[bytes(tensor.name)] = self.as_shape(tensor)
         for sparse in graph.sparse_initializer:
             self.check_sparse(sparse)
         self.walk_nodes(graph.node, constants)
 
-    def walk_nodes(self, nodes: Iterable[Any], constants: dict[bytes, Any]) -> None:
+    def walk_nodes(self, nodes: Iterable[Any], constants: Constants) -> None:
         for node in nodes:
             domain, op_type = _domain(node.domain), self.text(node.op_type)
             if domain not in self.allowed and (domain, op_type) not in self.functions:
@@ -180,16 +190,24 @@ class _Reader:
                     domain=domain,
                     operator=op_type,
                 )
+            if op_type == "EPContext":
+                raise ForbiddenOperator(
+                    f"{self.path}: operator 'EPContext' runs a compiled blob that nobody can check; export the plain graph",
+                    domain=domain,
+                    operator=op_type,
+                )
             self.operators[f"{domain}:{op_type}"] += 1
             for attribute in node.attribute:
                 for tensor in (*_present(attribute, "t"), *attribute.tensors):
                     self.check_tensor(tensor)
                     if op_type == "Constant":
-                        constants |= {bytes(output): tensor for output in node.output}
+                        constants.update({bytes(output): self.as_shape(tensor) for output in node.output})
+                if op_type == "Constant" and attribute.ints:
+                    constants.update({bytes(output): tuple(attribute.ints[: MAX_RANK + 1]) for output in node.output})
                 for sparse in (*_present(attribute, "sparse_tensor"), *attribute.sparse_tensors):
                     self.check_sparse(sparse)
                 for subgraph in (*_present(attribute, "g"), *attribute.graphs):
-                    self.walk_graph(subgraph)
+                    self.walk_graph(subgraph, constants)
             self.check_expansion(op_type, node, constants)
 
     def check_tensor(self, tensor: Any) -> None:
@@ -237,27 +255,18 @@ class _Reader:
         self.require_dense(sparse.dims, self.text(sparse.values.name) or "a sparse constant")
 
     def check_external(self, tensor: Any, name: str, n_bytes: int) -> None:
-        entries = {self.text(entry.key): self.text(entry.value) for entry in tensor.external_data}
-        location = entries.get("location", "")
-        relative = safe_relative(location, f"{self.path}: external data of tensor {name!r}")
+        relative, offset, length = self.external_span(tensor, name, n_bytes)
         if self.listed is not None and relative not in set(self.listed):
             raise UnsafePath(
-                f"{self.path}: external data {location!r} of tensor {name!r} is not a file listed in the manifest; list it"
+                f"{self.path}: external data {relative!r} of tensor {name!r} is not a file listed in the manifest; list it"
             )
         file = self.path.parent / relative
         if file.is_symlink() or not file.resolve().is_relative_to(self.path.parent.resolve()):
             raise UnsafePath(f"{file}: external data of tensor {name!r} is a link; replace it by the file itself")
         if not file.is_file():
             raise MissingFile(f"{file}: external data of tensor {name!r} is missing; copy it beside the model")
-        try:
-            offset = int(entries.get("offset", "0"))
-            length = int(entries.get("length", str(n_bytes)))
-        except ValueError as exc:
-            raise MalformedGraph(
-                f"{self.path}: external data of tensor {name!r}: offset and length must be integers, got {entries}"
-            ) from exc
         available = file.stat().st_size
-        if offset < 0 or length < n_bytes or offset + length > available:
+        if length < n_bytes or offset + length > available:
             raise TooLarge(
                 f"{self.path}: tensor {name!r} declares {n_bytes} bytes at {offset} (+{length}) of {relative}, which has {available}; "
                 "export the model again",
@@ -266,31 +275,63 @@ class _Reader:
             )
         self.external[relative] = None
 
-    def check_expansion(self, op_type: str, node: Any, constants: Mapping[bytes, Any]) -> None:
-        """A few bytes can ask for terabytes: a constant shape given to ConstantOfShape or Expand must stay under the limit."""
-        position = {"ConstantOfShape": 0, "Expand": 1}.get(op_type)
-        if position is None or len(node.input) <= position:
-            return
-        tensor = constants.get(bytes(node.input[position]))
-        if tensor is not None and tensor.data_type == 7 and tensor.data_location != EXTERNAL:
+    def external_span(self, tensor: Any, name: str, n_bytes: int) -> tuple[str, int, int]:
+        """Return (relative path, offset, length) of a tensor's external data, as the file states them."""
+        source = f"{self.path}: external data of tensor {name!r}"
+        entries = {self.text(entry.key): self.text(entry.value) for entry in tensor.external_data}
+        if len(entries) != len(tensor.external_data):
+            raise MalformedGraph(f"{source}: a key stands twice; export the model again")
+        numbers = []
+        for key, default in (("offset", 0), ("length", n_bytes)):
+            text = entries.get(key, str(default))
+            if not (text.isascii() and text.isdigit() and len(text) < 20):
+                raise MalformedGraph(f"{source}: {key} must be an integer, got {text[:40]!r}; export the model again")
+            numbers.append(int(text))
+        return safe_relative(entries.get("location", ""), source), numbers[0], numbers[1]
+
+    def as_shape(self, tensor: Any) -> tuple[int, ...] | None:
+        """Return the values of a checked INT64 constant if it can be a shape, wherever they are stored."""
+        n_elements = math.prod(tensor.dims)
+        if tensor.data_type != INT64 or n_elements > MAX_RANK:
+            return None
+        if tensor.data_location == EXTERNAL:
+            relative, offset, _ = self.external_span(tensor, self.text(tensor.name), 8 * n_elements)
+            with (self.path.parent / relative).open("rb") as stream:
+                stream.seek(offset)
+                raw = stream.read(8 * n_elements)
+        elif tensor.HasField("raw_data"):
             raw = bytes(tensor.raw_data)
-            shape = tensor.int64_data or [
-                int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw), 8)
-            ]
-            self.require_dense(shape, f"the result of {op_type}")
+        else:
+            return tuple(tensor.int64_data)
+        return struct.unpack(f"<{n_elements}q", raw[: 8 * n_elements])
+
+    def check_expansion(self, op_type: str, node: Any, constants: Constants) -> None:
+        """A few bytes can ask for terabytes: a constant size given to an operator that fills memory stays under the limit.
+
+        What a graph computes from its inputs cannot be known without running it.
+        """
+        position = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}.get(op_type)
+        sizes: Iterable[int] | None = None
+        if position is not None and len(node.input) > position:
+            sizes = constants.get(bytes(node.input[position]))
+        elif op_type in ("RandomNormal", "RandomUniform"):
+            sizes = next((attribute.ints for attribute in node.attribute if attribute.name == b"shape"), None)
+        if sizes is not None:
+            # Expand takes -1 for "as it is"; a negative size anywhere is the runtime's to refuse and allocates nothing.
+            self.require_dense((max(1, size) if size < 0 else size for size in sizes), f"the result of {op_type}")
 
     def require_dense(self, dims: Iterable[int], name: str) -> None:
-        n_elements = self.n_elements(dims, name)
-        if n_elements > self.limits.max_tensor_bytes:
+        n_bytes = 4 * self.n_elements(dims, name)
+        if n_bytes > self.limits.max_tensor_bytes:
             raise TooLarge(
-                f"{self.path}: {name} would have {n_elements} elements, the limit is {self.limits.max_tensor_bytes} bytes; "
-                "this looks like an attack on memory"
+                f"{self.path}: {name} would take {n_bytes} bytes at four an element, the limit is {self.limits.max_tensor_bytes}; "
+                "this looks like an attack on memory; raise the limit if it is not"
             )
 
     def n_elements(self, dims: Iterable[int], name: str) -> int:
         sizes = list(dims)
-        if any(size < 0 for size in sizes):
-            raise MalformedGraph(f"{self.path}: {name} has a negative dimension {sizes}; export it again")
+        if len(sizes) > MAX_RANK or any(size < 0 for size in sizes):
+            raise MalformedGraph(f"{self.path}: {name} has impossible dimensions {sizes[:9]}; export it again")
         return math.prod(sizes)
 
     def tensor_spec(self, value: Any, role: str) -> TensorSpec:
@@ -361,8 +402,7 @@ def _messages() -> dict[str, Any]:
             else:
                 entry.type = getattr(field_type, f"TYPE_{scalar.upper()}")
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)  # type: ignore[no-untyped-call]  # protobuf ships no types for it
+    pool.Add(file)
     return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"modelyard.{name}"))  # type: ignore[no-untyped-call]  # as above
-        for name in _MESSAGES
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"modelyard.{name}")) for name in _MESSAGES
     }

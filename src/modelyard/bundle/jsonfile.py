@@ -6,12 +6,13 @@ rename, no canonical form to agree on.
 
 import hashlib
 import json
-import os
+import math
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
-from modelyard.errors import DigestMismatch, MalformedManifest, TooLarge
+from modelyard.errors import DigestMismatch, MalformedManifest, ModelyardError, TooLarge
 
 BLANK = "0" * 64
 _DIGEST = re.compile(rb'\A\{\s*"digest"\s*:\s*"([0-9a-f]{64})"')
@@ -22,7 +23,7 @@ def write_digested(path: Path, data: dict[str, Any]) -> str:
     body = {key: value for key, value in data.items() if key != "digest"}
     text = json.dumps({"digest": BLANK} | body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     beside.write_text(text.replace(BLANK, digest, 1), encoding="utf-8")
     beside.replace(path)
     return digest
@@ -34,10 +35,12 @@ def read_digested(path: Path, max_bytes: int) -> dict[str, Any]:
     Raises:
         TooLarge, DigestMismatch, MalformedManifest (not an object, duplicate keys, NaN or Infinity).
     """
-    size_bytes = path.stat().st_size
-    if size_bytes > max_bytes:
-        raise TooLarge(f"{path}: {size_bytes} bytes, the limit is {max_bytes}; this is not a manifest of ours")
-    raw = path.read_bytes()
+    with path.open("rb") as stream:
+        raw = stream.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise TooLarge(
+            f"{path}: more than {max_bytes} bytes, which is the limit; this is not a manifest: fetch it again"
+        )
     data = strict_json(raw, str(path))
     if not isinstance(data, dict):
         raise MalformedManifest(f"{path}: must hold an object, got {type(data).__name__}; fetch the bundle again")
@@ -58,21 +61,32 @@ def read_digested(path: Path, max_bytes: int) -> dict[str, Any]:
     return data
 
 
-def strict_json(raw: bytes, source: str) -> Any:
-    """Parse JSON; duplicate keys, NaN and Infinity are errors."""
+def strict_json(raw: bytes, source: str, error: type[ModelyardError] = MalformedManifest) -> Any:
+    """Parse UTF-8 JSON. Duplicate keys, numbers that are not finite and text that is no Unicode raise `error`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise MalformedManifest(f"{source}: key {twice!r} stands twice in one object; keep one", key=twice)
+            raise error(f"{source}: key {twice!r} stands twice in one object; keep one", key=twice)
         return members
 
-    def refuse(token: str) -> Any:
-        raise MalformedManifest(f"{source}: {token} is not JSON; use a number or null")
+    def finite(token: str) -> float:
+        number = float(token)
+        if not math.isfinite(number):
+            raise error(f"{source}: {token[:40]} is not a finite number; use a finite number or null")
+        return number
 
     try:
-        return json.loads(raw, object_pairs_hook=unique, parse_constant=refuse)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise MalformedManifest(f"{source}: not valid JSON ({exc}); fetch the bundle again") from exc
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        json.dumps(data, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate parses, but is no text
+    except ModelyardError:
+        raise
+    except (ValueError, RecursionError) as exc:  # bad syntax, bad UTF-8, thousands of digits, thousands of levels
+        raise error(f"{source}: not valid JSON ({_brief(exc)}); fetch the file again") from exc
+    return data
+
+
+def _brief(exc: Exception) -> str:
+    return str(exc)[:200]

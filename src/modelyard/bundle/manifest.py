@@ -16,11 +16,14 @@ FORMAT_VERSION = 1
 BATCH = "batch"
 ALLOWED_DOMAINS = ("ai.onnx", "ai.onnx.ml", "com.microsoft")
 
+# Python's "$" also matches before a final newline; the look-ahead shuts that door and means nothing elsewhere.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(?!\n)$"
+
 Datatype = Literal[
     "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "BF16", "FP32", "FP64", "BYTES"
 ]  # fmt: skip
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
 Axis = Annotated[int, Meta(ge=0, le=2**31 - 1)] | Annotated[str, Meta(min_length=1, max_length=128)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0)]
@@ -139,6 +142,8 @@ class Targets(Frozen, frozen=True, omit_defaults=True):
     """What the model has to reach; compression and planning hold themselves to it."""
 
     metric: str | None = None
+    positive: str | int | None = None
+    """Which of two classes AUC and F1 look for; the last one if not said."""
     keep: Annotated[float, Meta(gt=0, le=1)] = 0.99
     """A child must keep this share of its parent's score."""
     latency_p99_s: Annotated[float, Meta(gt=0)] | None = None

@@ -3,21 +3,27 @@
 Written uncompressed with fixed dates, so that equal arrays give equal bytes.
 """
 
+import ast
 import io
 import math
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelyard.bundle.limits import DEFAULT_LIMITS, Limits
-from modelyard.errors import TooLarge, UnsafeArchive
+from modelyard.errors import BundleError, TooLarge, UnsafeArchive
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_PLAIN_KINDS = "biufU"
+_DTYPE = re.compile(r"[<>|][biufU][0-9]{1,9}")
+_HEADER_LENGTH_BYTES = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}
+_MAX_HEADER_BYTES = 10_000
+_MAX_RANK = 32
 
 
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -38,6 +44,10 @@ def read_npz(path: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, NDArray[A
         TooLarge: more bytes than allowed once unpacked, or an array declared larger than its member.
     """
     try:
+        if path.stat().st_size > limits.max_archive_bytes:
+            raise TooLarge(
+                f"{path}: {path.stat().st_size} bytes, the limit is {limits.max_archive_bytes}; raise the limit"
+            )
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             total = sum(member.file_size for member in members)
@@ -51,7 +61,11 @@ def read_npz(path: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, NDArray[A
             if len(set(names)) != len(names):
                 raise UnsafeArchive(f"{path}: two members have the same name; write the archive again")
             return {member.filename.removesuffix(".npy"): _read_member(archive, member, path) for member in members}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as exc:
+    except BundleError:
+        raise
+    except (
+        zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError, OverflowError
+    ) as exc:  # fmt: skip
         raise UnsafeArchive(f"{path}: not a readable .npz archive ({exc}); fetch the bundle again") from exc
 
 
@@ -59,22 +73,15 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
     where = f"{path}: {member.filename}"
     if not member.filename.endswith(".npy") or "/" in member.filename or "\\" in member.filename:
         raise UnsafeArchive(f"{where}: not an array of this format; write the archive again")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UnsafeArchive(f"{where}: compression {member.compress_type} is not read; store or deflate it")
     with archive.open(member) as stream:
-        try:
-            version = np.lib.format.read_magic(stream)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran_order, dtype = read_header(stream)
-        except (KeyError, ValueError) as exc:
-            raise UnsafeArchive(f"{where}: not a plain .npy array ({exc}); write the archive again") from exc
-        if dtype.kind not in _PLAIN_KINDS:
-            raise UnsafeArchive(f"{where}: has dtype {dtype}; only booleans, numbers and text are read, never pickles")
+        dtype, fortran_order, shape = _read_header(stream, where)
         declared = math.prod(shape) * dtype.itemsize
-        if declared > member.file_size:
+        if max(declared, dtype.itemsize) > member.file_size:
             raise TooLarge(
-                f"{where}: declares {declared} bytes, the member holds {member.file_size}; write the archive again"
+                f"{where}: declares {declared} bytes as {dtype} of shape {shape}, the member holds {member.file_size}; "
+                "write the archive again"
             )
         data = stream.read(declared + 1)
     if len(data) != declared:
@@ -82,4 +89,37 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
             f"{where}: holds {len(data)} bytes of data where the header says {declared}; write the archive again"
         )
     flat = np.frombuffer(data, dtype=dtype)
+    if dtype.kind == "U":
+        codes = np.frombuffer(data, dtype=np.dtype("u4").newbyteorder(dtype.byteorder))
+        if codes.size and (codes.max() > 0x10FFFF or np.any((codes >= 0xD800) & (codes <= 0xDFFF))):
+            raise UnsafeArchive(f"{where}: text that is no Unicode; write the archive again")
     return flat.reshape(shape, order="F" if fortran_order else "C").copy()
+
+
+def _read_header(stream: IO[bytes], where: str) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
+    """Read the header of an .npy, versions 1.0 and 2.0, literally as NumPy writes it: nothing is guessed or evaluated.
+
+    Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    """
+    n_length_bytes = _HEADER_LENGTH_BYTES.get(stream.read(8))
+    if n_length_bytes is None:
+        raise UnsafeArchive(f"{where}: not an .npy array of version 1.0 or 2.0; write the archive again")
+    n_header_bytes = int.from_bytes(stream.read(n_length_bytes), "little")
+    if n_header_bytes > _MAX_HEADER_BYTES:
+        raise UnsafeArchive(f"{where}: a header of {n_header_bytes} bytes is no array's; write the archive again")
+    try:
+        header = ast.literal_eval(stream.read(n_header_bytes).decode("ascii").strip())
+        descr, fortran_order, shape = header["descr"], header["fortran_order"], header["shape"]
+        if not isinstance(descr, str) or not _DTYPE.fullmatch(descr):
+            raise UnsafeArchive(
+                f"{where}: has dtype {descr!r}; only booleans, numbers and text are read, never pickles"
+            )
+        if not isinstance(fortran_order, bool) or not isinstance(shape, tuple):
+            raise TypeError("fortran_order and shape must be a boolean and a tuple")
+        if len(header) != 3 or len(shape) > _MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
+            raise TypeError("shape must be a short tuple of sizes, and nothing may follow it")
+        return np.dtype(descr), fortran_order, shape
+    except UnsafeArchive:
+        raise
+    except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError) as exc:
+        raise UnsafeArchive(f"{where}: not a plain .npy header ({exc}); write the archive again") from exc

@@ -6,19 +6,15 @@ from pathlib import Path, PurePosixPath
 
 from modelyard.errors import MissingFile, UnsafePath
 
+# No operating system's separators, drives or wildcards. onnxruntime reads the location "*/_ORT_MEM_ADDR_/*" as an address
+# in memory, so "*" is more than a matter of taste.
+_NOT_PLAIN = frozenset('\\:*?"<>|')
+
 
 def safe_relative(text: str, source: str) -> str:
     """Return `text` normalised, or raise UnsafePath when it is absolute, climbs with `..`, or is not a plain path."""
     path = PurePosixPath(text)
-    if (
-        not text
-        or path.is_absolute()
-        or ".." in path.parts
-        or "\\" in text
-        or ":" in text
-        or "\0" in text
-        or str(path) == "."
-    ):
+    if not text.isprintable() or _NOT_PLAIN & set(text) or path.is_absolute() or ".." in path.parts or not path.parts:
         raise UnsafePath(
             f"{source}: path {text!r} leaves the bundle or is not plain; use a relative path without '..'", path=text
         )
@@ -33,9 +29,9 @@ def regular_file(root: Path, relative: str) -> os.stat_result:
         current = current / part
         try:
             status = current.lstat()
-        except (FileNotFoundError, NotADirectoryError) as exc:
+        except OSError as exc:
             raise MissingFile(
-                f"{root / relative}: listed in the manifest but missing; fetch the bundle again", path=relative
+                f"{root / relative}: needed but cannot be found ({exc.strerror}); fetch the bundle again", path=relative
             ) from exc
         if stat.S_ISLNK(status.st_mode):
             raise UnsafePath(f"{current}: is a link; replace it by the file itself", path=relative)

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from modelyard.bundle.jsonfile import read_digested, write_digested
 from modelyard.bundle.limits import DEFAULT_LIMITS, Limits
+from modelyard.bundle.paths import regular_file
 from modelyard.errors import MalformedManifest
 from modelyard.schema import Frozen, convert, to_builtins
 
@@ -64,10 +65,11 @@ def read_profiles(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Profile,
     """Return the profiles in the file, none when there is no file.
 
     Raises:
-        DigestMismatch, MalformedManifest, TooLarge.
+        DigestMismatch, MalformedManifest, TooLarge, UnsafePath.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return ()
+    regular_file(path.parent, path.name)
     data = read_digested(path, limits.max_manifest_bytes)
     if data.get("profile_version") != PROFILE_VERSION:
         raise MalformedManifest(

@@ -133,18 +133,20 @@ def read_reference(path: Path, limits: Limits = DEFAULT_LIMITS) -> Reference:
     arrays = read_npz(path, limits)
     reference: dict[str, Feature] = {}
     try:
+        if arrays["names"].dtype.kind != "U":
+            raise TypeError("names are not text")
         for i, name in enumerate(arrays["names"].tolist()):
             counts = [int(count) for count in arrays[f"{i}.counts"]]
             if f"{i}.moments" in arrays:
-                mean, std, minimum, maximum = arrays[f"{i}.moments"].tolist()
-                quantiles = arrays[f"{i}.quantiles"].reshape(len(QUANTILES))
+                mean, std, minimum, maximum = arrays[f"{i}.moments"].astype(np.float64).tolist()
+                quantiles = arrays[f"{i}.quantiles"].astype(np.float64).reshape(len(QUANTILES))
                 n_samples, n_missing = counts
                 reference[name] = NumericReference(n_samples, n_missing, mean, std, minimum, maximum, quantiles)
             else:
                 n_samples, n_missing, n_other = counts
-                values = tuple(arrays[f"{i}.values"].tolist())
-                value_counts = arrays[f"{i}.value_counts"].reshape(len(values))
+                values = tuple(arrays[f"{i}.values"].astype(np.str_).tolist())
+                value_counts = arrays[f"{i}.value_counts"].astype(np.int64, casting="safe").reshape(len(values))
                 reference[name] = CategoryReference(n_samples, n_missing, values, value_counts, n_other)
-    except (KeyError, ValueError, TypeError) as exc:
+    except (KeyError, ValueError, TypeError, OverflowError) as exc:
         raise UnsafeArchive(f"{path}: not reference statistics ({exc}); write the bundle again") from exc
     return reference

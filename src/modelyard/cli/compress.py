@@ -1,0 +1,124 @@
+"""`modelyard compress`: a bundle → a cheaper bundle that is provably no worse than allowed, or the reason why not."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelyard.cli.progress import Progress
+from modelyard.cli.train import checked_data, fresh_path, published
+from modelyard.errors import ConfigError
+
+if TYPE_CHECKING:
+    from modelyard.bundle.format import Bundle
+    from modelyard.cli.config import Yard
+    from modelyard.compress.search import Compression
+    from modelyard.training.data import Dataset
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=Path("yard.toml"),
+    help="The yard.toml whose data the bundle was trained on: calibration, selection and test rows come from it.",
+)
+@click.option(
+    "--technique",
+    "techniques",
+    multiple=True,
+    type=click.Choice(["static-int8", "dynamic-int8"]),
+    help="Only these [default: those of the configuration].",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the accepted bundle [default: WORK/bundles/compressed-N].")
+@click.option("--publish", is_flag=True, help="Publish an accepted bundle to the configured store.")
+@click.option("--prices", type=click.Path(path_type=Path), envvar="MODELYARD_PRICES", help="Price file that overrides the catalogue.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+def compress(
+    bundle: Path,
+    config: Path,
+    techniques: tuple[str, ...],
+    output: Path | None,
+    publish: bool,
+    prices: Path | None,
+    as_json: bool,
+) -> None:
+    """Quantize BUNDLE; accept the result only by test and measurement.
+
+    A variant is accepted when held-out rows show at 95 % confidence that it keeps the share of the parent's score that the
+    targets ask for, when its answers do not depend on their batch mates, and when it is measurably faster, or smaller and
+    not slower, on this machine. Exit status 1 says that no variant was accepted; the parent is untouched either way.
+
+    \b
+    Examples:
+      modelyard compress store/digits/1 --config digits/yard.toml
+      modelyard compress bundle --technique static-int8 --output bundle-int8
+    """
+    from modelyard.bundle.format import read_bundle
+    from modelyard.cli.config import load_yard
+    from modelyard.prices import load_prices
+
+    yard, root = load_yard(config), (config if config.is_dir() else config.parent).resolve()
+    parent, catalogue = read_bundle(bundle), load_prices(prices)
+    with Progress() as progress:
+        dataset, _ = checked_data(yard, root, progress)
+        _require_same_rows(parent, dataset, config)
+        result = compressed(yard, root, parent, dataset, catalogue, progress, techniques=techniques, output=output)
+        version = published(yard, root, result.child.path, progress) if publish and result.child else None
+    click.echo(json.dumps(result.to_json() | {"version": version}) if as_json else result.text())
+    if result.child is None:
+        raise click.exceptions.Exit(1)
+
+
+def compressed(
+    yard: "Yard",
+    root: Path,
+    parent: "Bundle",
+    dataset: "Dataset",
+    catalogue: Any,
+    progress: Progress,
+    *,
+    techniques: tuple[str, ...] = (),
+    output: Path | None = None,
+) -> "Compression":
+    """Compress with the rows of `dataset`: calibrate on training rows, select on validation rows, judge on test rows."""
+    from msgspec import structs
+
+    from modelyard.compress.search import LabelledRows, compress as search
+
+    split = dataset.split
+    settings = structs.replace(yard.compress, techniques=techniques) if techniques else yard.compress
+    work = root / yard.work
+    return search(
+        parent,
+        output or fresh_path(work / "bundles", "compressed"),
+        calibration=dataset.take(_spread(split.train, settings.calibration_rows)),
+        selection=LabelledRows(dataset.take(split.validation), dataset.label[split.validation]),
+        test=LabelledRows(dataset.take(split.test), dataset.label[split.test]),
+        config=settings,
+        work=work / "candidates",
+        prices=catalogue,
+        step=lambda text: progress.step(f"compress: {text}"),
+        detail=progress.detail,
+    )
+
+
+def _spread(rows: Any, n: int) -> Any:
+    """Take `n` rows evenly over the whole, so that a split by time is calibrated on all of its time."""
+    import numpy as np
+
+    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(np.int64)]
+
+
+def _require_same_rows(parent: "Bundle", dataset: "Dataset", config: Path) -> None:
+    """The test rows of another data set or split may be rows the parent was trained on."""
+    trained_on = parent.manifest.lineage.data
+    if trained_on is None:
+        return
+    if (trained_on.digest, trained_on.split_digest) != (dataset.lineage.digest, dataset.lineage.split_digest):
+        raise ConfigError(
+            f"{parent.path} was trained on other rows or another split than {config} gives (data {trained_on.digest[:12]}… against "
+            f"{dataset.lineage.digest[:12]}…), so its test rows may be training rows; give the configuration it was trained with"
+        )

@@ -1,0 +1,188 @@
+"""int8 by onnxruntime's own quantizer: static (ranges from calibration rows) and dynamic (ranges from each batch).
+
+Bundle in, bundle out; the parent is only read. Facts about int8 on CPUs: with VNNI, uint8 activations times int8 weights
+are exact; without it (AVX2, AVX-512F) their sums saturate, so weights are held to 7 bits there
+(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+"""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelyard.bundle.cases import Arrays
+from modelyard.bundle.format import Bundle
+from modelyard.bundle.profile import fingerprint
+from modelyard.errors import CompressionError, MissingExtra
+
+Technique = Literal["static-int8", "dynamic-int8"]
+TECHNIQUES: tuple[Technique, ...] = ("static-int8", "dynamic-int8")
+
+CALIBRATION_ROWS = 512
+CALIBRATION_BATCH = 64
+# What is worth computing in integers, and what may stay in integers between two of those.
+_HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_CARRIERS = ("Add", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
+_INTEGER_OPERATORS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DequantizeLinear", "QGemm")
+
+
+def quantize(bundle: Bundle, technique: Technique, calibration: Arrays) -> bytes:
+    """Return the int8 model of `bundle`'s graph.
+
+    Args:
+        calibration: training rows by input name; at most 512 are used, and none for dynamic-int8.
+
+    Raises:
+        CompressionError: nothing in the graph can be quantized, it is quantized already, or the quantizer fails.
+    """
+    _require_applicable(bundle)
+    quantizer = _static if technique == "static-int8" else _dynamic
+    with tempfile.TemporaryDirectory(prefix="modelyard-") as folder, _quiet():
+        prepared, target = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        try:
+            _prepare(bundle, prepared)
+            quantizer(prepared, target, calibration)
+        except MissingExtra:
+            raise
+        except Exception as exc:  # the quantizer raises many kinds
+            raise CompressionError(
+                f"{bundle.path}: {technique} failed: {(str(exc).strip() or type(exc).__name__).splitlines()[0]}"
+            ) from exc
+        return target.read_bytes()
+
+
+def _require_applicable(bundle: Bundle) -> None:
+    kinds = {operator.rpartition(":")[2] for operator in bundle.graph.operators}
+    already = sorted(kinds & set(_INTEGER_OPERATORS))
+    if already:
+        raise CompressionError(f"{bundle.path}: is quantized already ({', '.join(already)}); start from its parent")
+    if not kinds & set(_HEAVY):
+        raise CompressionError(
+            f"{bundle.path}: has no {', '.join(_HEAVY)} to quantize (it has {', '.join(sorted(kinds))}); int8 does nothing for it"
+        )
+
+
+def _prepare(bundle: Bundle, target: Path) -> None:
+    """Infer shapes and fold what the quantizer would trip over."""
+    try:
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as exc:
+        raise MissingExtra("onnx", "compress", "quantizing") from exc
+    quant_pre_process(bundle.model_path, str(target), skip_symbolic_shape=True)
+
+
+def _static(model: Path, target: Path, calibration: Arrays) -> None:
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    n_rows = len(next(iter(calibration.values()), ()))
+    if not n_rows:
+        raise CompressionError("static-int8 needs calibration rows, got none; give training rows")
+    quantize_static(
+        str(model),
+        str(target),
+        _batches({name: array[:CALIBRATION_ROWS] for name, array in calibration.items()}),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=[*_HEAVY, *_CARRIERS],
+        per_channel=True,
+        reduce_range=not _exact_uint8_int8(),
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.MinMax,
+        extra_options={"ActivationSymmetric": False, "WeightSymmetric": True, "QuantizeBias": True},
+    )
+
+
+def _dynamic(model: Path, target: Path, calibration: Arrays) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        str(model), str(target), weight_type=QuantType.QInt8, per_channel=True, reduce_range=not _exact_uint8_int8()
+    )
+
+
+def _exact_uint8_int8() -> bool:
+    """Whether this processor multiplies uint8 by int8 without saturating."""
+    features = fingerprint("").features
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"} & set(features))
+
+
+def _batches(rows: Arrays) -> Any:
+    """Feed the quantizer's calibration, a batch at a time, in the order of the rows."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+        def __init__(self) -> None:
+            self._iterator = iterate()
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            return next(self._iterator, None)
+
+    def iterate() -> Iterator[dict[str, NDArray[Any]]]:
+        n_rows = len(next(iter(rows.values())))
+        for start in range(0, n_rows, CALIBRATION_BATCH):
+            yield {name: array[start : start + CALIBRATION_BATCH] for name, array in rows.items()}
+
+    return Reader()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantizer's advice about options away from the reader's terminal."""
+    logger = logging.getLogger()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+INDEPENDENCE_TOLERANCE = 1e-3
+
+
+def rows_independent(run: Callable[[Arrays], Arrays], rows: Arrays) -> bool:
+    """Return whether every row is answered alike alone, in a batch, in another order, and beside an outlier.
+
+    Args:
+        run: the engine's own `run`, not wrapped.
+        rows: a few dozen rows, e.g. the golden cases.
+    """
+    n_rows = len(next(iter(rows.values())))
+    alone = [run({name: array[i : i + 1] for name, array in rows.items()}) for i in range(n_rows)]
+    wanted = {name: np.concatenate([answer[name] for answer in alone]) for name in alone[0]}
+    backwards = np.arange(n_rows)[::-1]
+    reversed_rows = run({name: array[backwards] for name, array in rows.items()})
+    batches = [run(rows), {name: answer[backwards] for name, answer in reversed_rows.items()}]
+    for extreme in (_largest, _smallest):
+        beside = run({name: np.concatenate([array, extreme(array)]) for name, array in rows.items()})
+        batches.append({name: answer[:n_rows] for name, answer in beside.items()})
+    return all(_same(wanted[name], answer[name]) for answer in batches for name in wanted)
+
+
+def _largest(array: NDArray[Any]) -> NDArray[Any]:
+    """One row far outside of the others."""
+    if array.dtype.kind == "f":
+        return np.full_like(array[:1], 10 * max(1.0, float(np.nanmax(np.abs(array), initial=0))))
+    if array.dtype.kind in "iu":
+        return np.full_like(array[:1], np.iinfo(array.dtype).max if array.dtype.itemsize == 1 else array.max() * 10)
+    return array[:1]
+
+
+def _smallest(array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype.kind == "f":
+        return -_largest(array)
+    return np.full_like(array[:1], 0) if array.dtype.kind in "iu" else array[:1]
+
+
+def _same(wanted: NDArray[Any], got: NDArray[Any]) -> bool:
+    if wanted.dtype.kind == "f":
+        tolerance = INDEPENDENCE_TOLERANCE
+        return bool(np.allclose(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True))
+    return bool((wanted == got).all())

@@ -1,0 +1,1 @@
+"""Models trained elsewhere → one ONNX graph, one library per file."""
