@@ -22,6 +22,7 @@ from modelyard.statistics import (
     paired_mean_difference,
     paired_proportion_interval,
     paired_proportion_lower_bound,
+    paired_proportion_z,
     quantile_interval,
     ratio_interval,
     unseen_share,
@@ -88,6 +89,10 @@ class TestTango:
         for end, z in ((found.low, 1.959964), (found.high, -1.959964)):
             assert tango_by_likelihood(n10, n01, n, end) == pytest.approx(z, abs=1e-3)
 
+    @pytest.mark.parametrize("delta", [-0.9, -0.3, -0.01, 0.0, 0.2, 0.7])
+    def test_score_statistic_is_the_likelihoods(self, delta: float) -> None:
+        assert paired_proportion_z(12, 2, 50, delta) == pytest.approx(tango_by_likelihood(12, 2, 50, delta), abs=1e-4)
+
     def test_an_identical_child_is_bounded_by_the_number_of_rows_alone(self) -> None:
         bound = paired_proportion_lower_bound(0, 0, 1000)
         assert bound == pytest.approx(-0.0027, abs=5e-5)
@@ -105,18 +110,24 @@ class TestTango:
     @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 200), st.sampled_from([0.8, 0.95, 0.99]))
     def test_swapping_the_sides_mirrors_the_interval(self, n10: int, n01: int, rest: int, confidence: float) -> None:
         n = n10 + n01 + rest + 1
-        one, other = paired_proportion_interval(n10, n01, n, confidence), paired_proportion_interval(n01, n10, n, confidence)
+        one, other = (
+            paired_proportion_interval(n10, n01, n, confidence),
+            paired_proportion_interval(n01, n10, n, confidence),
+        )
         assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=1e-9)
         assert one.low <= one.value <= one.high
 
     @pytest.mark.parametrize(
-        ("p10", "p01", "n"), [(0.05, 0.05, 100), (0.1, 0.01, 200), (0.0, 0.01, 1000), (0.02, 0.03, 1000), (0.001, 0.011, 500)]
+        ("p10", "p01", "n"),
+        [(0.05, 0.05, 100), (0.1, 0.01, 200), (0.0, 0.01, 1000), (0.02, 0.03, 1000), (0.001, 0.011, 500)],
     )
     def test_one_sided_bound_is_missed_no_more_often_than_promised(self, p10: float, p01: float, n: int) -> None:
         """Balanced and skewed discordance alike: the truth lies below the bound in at most 5 % of samples."""
         counts = np.random.default_rng(7).multinomial(n, [p10, p01, 1 - p10 - p01], size=2000)
         missed = np.mean([paired_proportion_lower_bound(int(a), int(b), n) > p10 - p01 for a, b, _ in counts])
-        assert missed <= at_most(0.05, 2000) + 0.005  # a score bound is approximate: half a point over is seen at small counts
+        assert (
+            missed <= at_most(0.05, 2000) + 0.005
+        )  # a score bound is approximate: half a point over is seen at small counts
 
     def test_impossible_counts_are_refused(self) -> None:
         with pytest.raises(DataError, match="n10 and n01"):
@@ -135,7 +146,8 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
 
 def scored_rows(rng: np.random.Generator, n: int, shift: float = 1.0) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     positive = rng.random(n) < 0.3
-    return np.round(rng.normal(size=n) + shift * positive, 2), positive  # rounding makes ties
+    scores: NDArray[np.float64] = rng.normal(size=n) + shift * positive
+    return scores.round(2), positive  # rounding makes ties
 
 
 class TestDeLong:
@@ -149,9 +161,8 @@ class TestDeLong:
         rng = np.random.default_rng(1)
         scores, positive = scored_rows(rng, 400)
         _, parts = auc_components(scores, positive)
-        resampled = []
-        for rows in rng.integers(400, size=(2000, 400)):
-            resampled.append(auc_components(scores[rows], positive[rows])[0])
+        draws = rng.integers(400, size=(2000, 400))
+        resampled = [auc_components(scores[rows], positive[rows])[0] for rows in draws]
         assert np.sqrt(np.sum(parts**2)) == pytest.approx(np.std(resampled), rel=0.06)
 
     def test_variance_is_delongs_by_its_definition(self) -> None:

@@ -137,8 +137,9 @@ def class_indices(labels: NDArray[Any], classes: Sequence[Label], what: str) -> 
     unknown = known[at] != given
     if unknown.any():
         row = int(np.argmax(unknown))
+        found = labels[row : row + 1].tolist()[0]  # a plain str or int, without NumPy's name around it
         raise DataError(
-            f"{what}: row {row} is {labels[row]!r}, which is none of the classes {_listed(classes)}; leave such rows out or "
+            f"{what}: row {row} is {found!r}, which is none of the classes {_listed(classes)}; leave such rows out or "
             "name the class",
             row=row,
         )
@@ -283,7 +284,7 @@ class _F1:
     label: str = "F1"
     higher_is_better: bool = True
     task: Task = "classification"
-    method: str = "paired bootstrap (BCa, 4,000 resamples)"
+    method: str = "paired bootstrap (BCa)"
 
     def score(self, truth: NDArray[Any], answers: Answers, confidence: float = 0.95) -> Interval:
         expected = class_indices(truth, answers.classes, "truth")
@@ -336,12 +337,12 @@ class _F1Score:
 
     def rows_of_rarest(self, counts: NDArray[np.int64]) -> float:
         """Return the size of the smallest class looked at, the mean of its rows in truth and in the answers."""
-        return float(np.min(counts @ self.truth + counts @ self.answered)) / 2
+        return float(np.min(counts @ (self.truth + self.answered))) / 2
 
     def __call__(self, counts: NDArray[Any]) -> NDArray[np.float64]:
         """Return F1 per row of `counts`, shape (m,); a class without a row in truth or answers is left out of the mean."""
         hits = counts @ (self.truth * self.answered)
-        rows = counts @ self.truth + counts @ self.answered
+        rows = counts @ (self.truth + self.answered)
         present = rows > 0
         f1 = np.divide(2 * hits, rows, out=np.zeros_like(hits), where=present)
         mean: NDArray[np.float64] = f1.sum(axis=1) / np.maximum(1, present.sum(axis=1))

@@ -106,26 +106,38 @@ def _check_pairs(n10: float, n01: float, n: float) -> None:
         )
 
 
+def paired_proportion_z(n10: float, n01: float, n: float, difference: float) -> float:
+    """Return Tango's score statistic of a supposed difference: standard normal if it is the true one, positive if that is higher.
+
+    `paired_proportion_lower_bound` exceeds `difference` exactly where this exceeds the one-sided normal quantile.
+    """
+    _check_pairs(n10, n01, n)
+    gap, spread = _tango_score(n10, n01, n, difference)
+    return gap / spread if spread > 0 else math.copysign(math.inf, gap) if gap else 0.0
+
+
+def _tango_score(n10: float, n01: float, n: float, difference: float) -> tuple[float, float]:
+    """Return numerator and denominator of the score statistic; `q` is the restricted estimate of the second's share."""
+    a = 2 * n
+    b = -n10 - n01 + (2 * n - n10 + n01) * difference
+    c = -n01 * difference * (1 - difference)
+    q = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
+    return n10 - n01 - n * difference, math.sqrt(max(0.0, n * (2 * q + difference * (1 - difference))))
+
+
 def _tango_low(n10: float, n01: float, n: float, z: float) -> float:
-    """Return the smallest difference that the score test does not reject, by bisection."""
-    estimate = (n10 - n01) / n
+    """Return the smallest difference that the score test at `z` does not reject, by bisection."""
 
-    def excess(delta: float) -> float:
-        """Positive where the score test at `z` rejects `delta`; `q` is the restricted estimate of the second's share."""
-        a = 2 * n
-        b = -n10 - n01 + (2 * n - n10 + n01) * delta
-        c = -n01 * delta * (1 - delta)
-        q = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
-        return n * (estimate - delta) - z * math.sqrt(max(0.0, n * (2 * q + delta * (1 - delta))))
+    def rejects(difference: float) -> bool:
+        gap, spread = _tango_score(n10, n01, n, difference)
+        return gap > z * spread
 
-    rejected, kept = -1.0, estimate
-    if excess(rejected) <= 0:
+    rejected, kept = -1.0, (n10 - n01) / n
+    if not rejects(rejected):
         return rejected
     while kept - rejected > 1e-12:
         middle = (rejected + kept) / 2
-        if middle in (rejected, kept):
-            break
-        rejected, kept = (middle, kept) if excess(middle) > 0 else (rejected, middle)
+        rejected, kept = (middle, kept) if rejects(middle) else (rejected, middle)
     return kept
 
 
@@ -386,7 +398,6 @@ def bootstrap_interval(
     statistic: Callable[[NDArray[Any]], NDArray[np.float64]],
     confidence: float = 0.95,
     *,
-    n_resamples: int = 4000,
     seed: int = 0,
 ) -> Interval:
     """Return a statistic of counted rows with its bias-corrected and accelerated (BCa) bootstrap interval.
@@ -397,16 +408,19 @@ def bootstrap_interval(
     Args:
         counts: rows per cell, shape (cells,), none of them 0.
         statistic: from counts of shape (m, cells) to values of shape (m,).
-        n_resamples: 4,000 keep the standard error of each end at about a fiftieth of the half-width.
+        seed: of the resampling. There are 4,000 resamples, which keeps the standard error of each end at about a fiftieth of
+            the half-width; with thousands of cells fewer, at least 1,000, to bound the work.
 
     Source: Efron, Journal of the American Statistical Association 82 (1987) 171–185.
     """
     n = int(counts.sum())
     estimate = float(statistic(counts[np.newaxis, :])[0])
     rng = np.random.default_rng(seed)
+    n_resamples = min(4000, max(1000, 4_000_000 // len(counts)))
     chunk = max(1, 1_000_000 // len(counts))  # bounds memory to some tens of megabytes
     sizes = [min(chunk, n_resamples - start) for start in range(0, n_resamples, chunk)]
-    resampled = np.concatenate([statistic(rng.multinomial(n, counts / n, size=size)) for size in sizes])
+    draws = (rng.multinomial(n, counts / n, size=size).astype(np.float64) for size in sizes)
+    resampled = np.concatenate([statistic(draw) for draw in draws])
     if np.ptp(resampled) == 0:
         return Interval(estimate, estimate, estimate, confidence)
 
@@ -430,7 +444,7 @@ def _acceleration(
     without = []
     for start in range(0, len(counts), chunk):
         cells = np.arange(start, min(start + chunk, len(counts)))
-        left = np.repeat(counts[np.newaxis, :], len(cells), axis=0)
+        left = np.repeat(counts[np.newaxis, :].astype(np.float64), len(cells), axis=0)
         left[np.arange(len(cells)), cells] -= 1
         without.append(statistic(left))
     values = np.concatenate(without)

@@ -136,9 +136,9 @@ def test_external_data_is_carried_listed_and_verified(tmp_path: Path) -> None:
     model = onnx.load_from_string(late_model())
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "weight")
     weight.dims[:] = [1]
-    onnx.external_data_helper.set_external_data(weight, "weights/w.bin", offset=0, length=4)
-    weight.raw_data = np.array([0.0625], np.float32).tobytes()
     weight.ClearField("float_data")
+    weight.raw_data = np.array([0.0625], np.float32).tobytes()
+    onnx.external_data_helper.set_external_data(weight, "weights/w.bin", offset=0, length=4)
     (tmp_path / "weights").mkdir()
     onnx.save_model(model, tmp_path / "model.onnx")
     assert (tmp_path / "weights" / "w.bin").stat().st_size == 4
@@ -159,6 +159,18 @@ def test_golden_cases_are_answered_and_a_wrong_one_is_named(tmp_path: Path) -> N
     with pytest.raises(GoldenCaseFailed, match=r"golden case 2 of 6: output 'probability'.*do not serve") as caught:
         open_engine(bundle)
     assert caught.value.row == 2
+
+
+def test_golden_cases_that_cannot_be_computed_are_the_bundles_fault(tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load_from_string(late_model())
+    model.graph.initializer.append(onnx.helper.make_tensor("seven", onnx.TensorProto.INT64, [1], [7]))
+    sigmoid = next(node for node in model.graph.node if node.op_type == "Sigmoid")
+    sigmoid.op_type, sigmoid.input[:] = "Reshape", ["logit", "seven"]
+    bundle = write_bundle(tmp_path / "b", replace(late_content(), model=model.SerializeToString()))
+    with pytest.raises(GoldenCaseFailed, match="cannot be computed on this machine"):
+        open_engine(bundle)
 
 
 def test_differences_name_the_leaf(tmp_path: Path) -> None:

@@ -123,8 +123,14 @@ def test_a_split_is_the_same_on_every_machine() -> None:
     grouped = split_rows(
         SplitConfig(method="group", by="g", seed=7), np.zeros(12), stratify=False, by=np.repeat(np.arange(6), 2)
     )
-    assert (split.validation.tolist(), split.test.tolist()) == ([3, 6], [4, 11, 12, 13])
-    assert (grouped.validation.tolist(), grouped.test.tolist()) == ([2, 3], [4, 5])
+    assert (split.validation.tolist(), split.test.tolist()) == ([12, 13], [2, 5, 15, 16])
+    assert (grouped.validation.tolist(), grouped.test.tolist()) == ([8, 9], [6, 7])
+
+
+def test_a_column_drawn_with_the_seed_of_the_split_does_not_decide_it() -> None:
+    column = np.random.default_rng(0).random(2000)
+    split = split_rows(SplitConfig(seed=0), np.zeros(2000), stratify=False)
+    assert abs(column[split.test].mean() - 0.5) < 0.05
 
 
 def test_the_digest_tells_which_part_a_row_is_in() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from modelyard.bundle.limits import DEFAULT_LIMITS, Limits
 from modelyard.bundle.manifest import Cases, Signature, TensorSpec
 from modelyard.bundle.npz import read_npz, write_npz
-from modelyard.errors import GoldenCaseFailed, SignatureMismatch
+from modelyard.errors import GoldenCaseFailed, RequestError, SignatureMismatch
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], Arrays]
@@ -83,9 +83,14 @@ def check_cases(cases: CaseSet, expected: Cases, signature: Signature, run: Run,
     """Run the cases and compare: floats within the manifest's tolerances, everything else exactly.
 
     Raises:
-        GoldenCaseFailed: names the first row and output that differ, and by how much.
+        GoldenCaseFailed: names the first row and output that differ, and by how much; or the cases cannot be computed.
     """
-    answers = run(cases.inputs)
+    try:
+        answers = run(cases.inputs)
+    except RequestError as exc:
+        raise GoldenCaseFailed(
+            f"{source}: the golden cases cannot be computed on this machine: {exc}; do not serve this bundle here"
+        ) from exc
     for spec in signature.outputs:
         wanted, got = cases.outputs[spec.name], answers[spec.name]
         wrong = differing_rows(wanted, got, rtol=expected.rtol, atol=expected.atol)

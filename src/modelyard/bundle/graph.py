@@ -33,6 +33,7 @@ EXTERNAL = 1
 INT64 = 7
 """TensorProto.DataType of shapes."""
 MAX_RANK = 64
+_SMALL_BYTES = 2**22  # cannot unpack to much, whatever is in it
 
 # TensorProto.DataType: number → (our datatype or None where a signature cannot carry it, bits per element).
 _ELEMENT_TYPES: dict[int, tuple[str | None, int]] = {
@@ -124,9 +125,12 @@ def read_graph(
         raise TooLarge(
             f"{path}: {size_bytes} bytes, the limit is {limits.max_file_bytes}; keep large weights as external data or raise the limit"
         )
+    raw = path.read_bytes()
+    if size_bytes > _SMALL_BYTES:
+        _bound_fields(raw, limits.max_graph_fields, path)
     message = _messages()["Model"]()
     try:
-        message.ParseFromString(path.read_bytes())
+        message.ParseFromString(raw)
     except Exception as exc:  # google.protobuf.message.DecodeError; the name is not importable without protobuf
         raise MalformedGraph(f"{path}: not an ONNX model ({exc}); export it again") from exc
     if not message.HasField("graph") or not message.opset_import:
@@ -375,6 +379,54 @@ class _Reader:
 def _present(message: Any, name: str) -> Iterator[Any]:
     if message.HasField(name):
         yield getattr(message, name)
+
+
+def _bound_fields(raw: bytes, max_fields: int, path: Path) -> None:
+    """Raise TooLarge when the file has more fields than that, without building any of them; weights are skipped in one step.
+
+    Source: https://protobuf.dev/programming-guides/encoding/
+    """
+    kinds = {name: {number: kind.rstrip("*") for number, kind in fields.values()} for name, fields in _MESSAGES.items()}
+    n_fields = 0
+    open_ = [("Model", 0, len(raw))]
+    try:
+        while open_:
+            message, at, end = open_.pop()
+            while at < end:
+                n_fields += 1
+                if n_fields > max_fields:
+                    raise TooLarge(
+                        f"{path}: more than {max_fields} protobuf fields, which is the limit; this looks like an attack on "
+                        "memory; raise the limit if it is not"
+                    )
+                key, at = _varint(raw, at)
+                wire_type = key & 7
+                if wire_type == 0:
+                    _, at = _varint(raw, at)
+                elif wire_type == 2:
+                    n_bytes, at = _varint(raw, at)
+                    kind = kinds[message].get(key >> 3)
+                    if kind in _MESSAGES:
+                        open_.append((kind, at, min(at + n_bytes, end)))
+                    at += n_bytes
+                else:
+                    at += {1: 8, 5: 4}[wire_type]
+    except (IndexError, KeyError) as exc:  # a number that does not end, a wire type that ONNX does not use
+        raise MalformedGraph(f"{path}: not an ONNX model; export it again") from exc
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    """Return the number that begins at `at`, and where the next thing begins."""
+    value = shift = 0
+    while True:
+        byte = raw[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise IndexError
 
 
 def _domain(raw: bytes) -> str:

@@ -18,6 +18,8 @@ class Limits:
     max_archive_bytes: int = 256 * MIB
     """Of an .npz once unpacked."""
     max_files: int = 1000
+    max_graph_fields: int = 4_000_000
+    """Protobuf fields of a model.onnx: an empty node takes 2 bytes in the file and a hundred in memory."""
 
 
 DEFAULT_LIMITS = Limits()

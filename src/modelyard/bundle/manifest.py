@@ -144,7 +144,7 @@ class Targets(Frozen, frozen=True, omit_defaults=True):
     metric: str | None = None
     positive: str | int | None = None
     """Which of two classes AUC and F1 look for; the last one if not said."""
-    keep: Annotated[float, Meta(gt=0, le=1)] = 0.99
+    keep: Annotated[float, Meta(gt=0, lt=1)] = 0.99
     """A child must keep this share of its parent's score."""
     latency_p99_s: Annotated[float, Meta(gt=0)] | None = None
 

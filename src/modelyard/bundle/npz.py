@@ -112,7 +112,7 @@ def _read_header(stream: IO[bytes], where: str) -> tuple[np.dtype[Any], bool, tu
         descr, fortran_order, shape = header["descr"], header["fortran_order"], header["shape"]
         if not isinstance(descr, str) or not _DTYPE.fullmatch(descr):
             raise UnsafeArchive(
-                f"{where}: has dtype {descr!r}; only booleans, numbers and text are read, never pickles"
+                f"{where}: has dtype {descr!r}; only booleans, numbers and text are read, never pickles; write the archive again"
             )
         if not isinstance(fortran_order, bool) or not isinstance(shape, tuple):
             raise TypeError("fortran_order and shape must be a boolean and a tuple")

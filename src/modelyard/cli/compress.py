@@ -32,9 +32,18 @@ if TYPE_CHECKING:
     type=click.Choice(["static-int8", "dynamic-int8"]),
     help="Only these [default: those of the configuration].",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for the accepted bundle [default: WORK/bundles/compressed-N].")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for the accepted bundle [default: WORK/bundles/compressed-N].",
+)
 @click.option("--publish", is_flag=True, help="Publish an accepted bundle to the configured store.")
-@click.option("--prices", type=click.Path(path_type=Path), envvar="MODELYARD_PRICES", help="Price file that overrides the catalogue.")
+@click.option(
+    "--prices",
+    type=click.Path(path_type=Path),
+    envvar="MODELYARD_PRICES",
+    help="Price file that overrides the catalogue.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 def compress(
     bundle: Path,
@@ -86,7 +95,8 @@ def compressed(
     """Compress with the rows of `dataset`: calibrate on training rows, select on validation rows, judge on test rows."""
     from msgspec import structs
 
-    from modelyard.compress.search import LabelledRows, compress as search
+    from modelyard.compress.search import LabelledRows
+    from modelyard.compress.search import compress as search
 
     split = dataset.split
     settings = structs.replace(yard.compress, techniques=techniques) if techniques else yard.compress

@@ -2,15 +2,19 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelyard.bundle.cases import Arrays
-from modelyard.bundle.profile import Latency
+from modelyard.bundle.format import PROFILE, Bundle
+from modelyard.bundle.profile import Latency, Profile, add_profile, fingerprint
 from modelyard.compress.verdict import CostComparison
+from modelyard.inference.runtime._base import open_engine
 from modelyard.statistics import ratio_interval
 
+PROFILE_BATCHES = (1, 8, 32, 128)
 N_PAIRS = 60
 PAIR_BUDGET_S = 6.0
 MIN_BLOCK_S = 0.002
@@ -97,3 +101,21 @@ def _block_s(run: Run, singles: list[dict[str, NDArray[np.generic]]], n_runs: in
 def _runs_per_block(run: Run, singles: list[dict[str, NDArray[np.generic]]]) -> int:
     once_s = _block_s(run, singles, 5) / 5
     return max(1, round(MIN_BLOCK_S / once_s)) if once_s else 1
+
+
+def profile_bundle(bundle: Bundle, *, progress: Callable[[str], None] = lambda _: None) -> Profile:
+    """Measure the bundle on one thread at growing batch sizes and keep the result in its profile.json."""
+    engine = open_engine(bundle, check=False)
+    rows = bundle.cases().inputs
+    latencies = []
+    for batch_size in PROFILE_BATCHES if bundle.manifest.rows_independent else PROFILE_BATCHES[:1]:
+        progress(f"batch {batch_size}")
+        latencies.append(measure_latency(engine.run, rows, batch_size, n_threads=1))
+    engine.close()
+    profile = Profile(
+        hardware=fingerprint(engine.name),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        latencies=tuple(latencies),
+    )
+    add_profile(bundle.path / PROFILE, profile)
+    return profile

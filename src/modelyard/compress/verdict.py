@@ -13,8 +13,8 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from modelyard.errors import ConfigError
-from modelyard.metrics import Answers, Metric, PairedCounts, find_metric, paired_counts
-from modelyard.statistics import Interval, mcnemar_p, paired_proportion_interval, paired_proportion_lower_bound
+from modelyard.metrics import METRICS, Answers, Metric, PairedCounts, find_metric, paired_counts
+from modelyard.statistics import Interval, mcnemar_p, normal_quantile, paired_proportion_z
 
 Outcome = Literal["accepted", "refused", "undecided"]
 Decision = Literal["not worse", "worse", "undecided"]
@@ -50,32 +50,33 @@ class QualityTest:
     def text(self) -> str:
         """Return one sentence with the figures it rests on."""
         places = max(self.difference.decimals, _places(self.margin))
-        level = f"{self.confidence:.0%}" if self.confidence < 0.995 else f"{self.confidence:.1%}"
+        level = f"{self.confidence:.3g}"
         figures = (
-            f"{self.metric} {self.child.value:.{places}f} against the parent's {self.parent.value:.{places}f} on "
+            f"{METRICS[self.metric].label} {self.child.value:.{places}f} against the parent's {self.parent.value:.{places}f} on "
             f"{self.n_samples:,} rows"
         )
         allowed = f"a loss of {self.margin:.{places}f} is allowed ({self.keep:.4g} of the parent's score kept)"
+        aside = "" if self.mcnemar_p is None else f"; McNemar's p, for information: {self.mcnemar_p:.2g}"
         if self.decided == "not worse":
             bound = (
-                f"at {level} confidence it loses less than {-self.lower_bound:.{places}f}"
+                f"at confidence {level} it loses less than {-self.lower_bound:.{places}f}"
                 if self.lower_bound < 0
-                else f"at {level} confidence it gains at least {self.lower_bound:.{places}f}"
+                else f"at confidence {level} it gains at least {self.lower_bound:.{places}f}"
             )
-            return f"not worse than allowed: {figures}; {bound}, and {allowed}"
+            return f"not worse than allowed: {figures}; {bound}, and {allowed}{aside}"
         if self.decided == "worse":
             return (
-                f"worse than allowed: {figures}; it loses at least {-self.difference.high:.{places}f} at {level} confidence, "
-                f"and {allowed}"
+                f"worse than allowed: {figures}; at confidence {level} it loses at least {-self.difference.high:.{places}f}, "
+                f"and {allowed}{aside}"
             )
         more = (
-            ""
-            if self.rows_needed is None
-            else f"; about {self.rows_needed:,} rows would decide if the difference stayed as seen"
+            f"; about {self.rows_needed:,} rows would decide if the difference stayed as seen"
+            if self.rows_needed
+            else ""
         )
         return (
-            f"these rows cannot decide: {figures}; the loss may be as large as {-self.lower_bound:.{places}f} at {level} "
-            f"confidence, and {allowed}{more}"
+            f"these rows cannot decide: {figures}; at confidence {level} the loss may be as large as "
+            f"{-self.lower_bound:.{places}f}, and {allowed}{more}{aside}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -252,11 +253,11 @@ def _rows_needed(
 def _rows_by_tango(counts: PairedCounts, margin: float, confidence: float) -> int | None:
     """Return the rows at which Tango's bound clears the margin, by bisection; it does not shrink quite as a square root."""
 
+    passes, fails = normal_quantile(confidence, one_sided=True), -normal_quantile(confidence)
+
     def decides(n: int) -> bool:
-        n10, n01 = counts.only_child * n / counts.n, counts.only_parent * n / counts.n
-        if paired_proportion_lower_bound(n10, n01, n, confidence) > -margin:
-            return True
-        return paired_proportion_interval(n10, n01, n, confidence).high <= -margin
+        z = paired_proportion_z(counts.only_child * n / counts.n, counts.only_parent * n / counts.n, n, -margin)
+        return z > passes or z <= fails
 
     short, enough = counts.n, MAX_ROWS_NEEDED
     if not decides(enough):

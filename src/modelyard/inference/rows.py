@@ -12,7 +12,7 @@ tensor, the number for a tensor of one); NaN, infinities and missing text are nu
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,20 @@ from modelyard.errors import RequestError
 from modelyard.inference.values import bfloat16_values, expected, short, to_array, to_values
 
 
-def rows_to_arrays(rows: Sequence[Any], signature: Signature) -> dict[str, NDArray[Any]]:
+def _row(i: int) -> str:
+    return f"row {i}"
+
+
+def rows_to_arrays(
+    rows: Sequence[Any], signature: Signature, *, place: Callable[[int], str] = _row
+) -> dict[str, NDArray[Any]]:
     """Return one array per input, shape (len(rows), *row shape), or without the first axis where an input takes no batches.
+
+    Args:
+        place: names the i-th row for a message, e.g. "line 7"; by default rows are counted from 0.
 
     Raises:
         RequestError: no rows, an unknown column, a value that does not fit; names row, column, value and what fits.
-            Rows are counted from 0.
     """
     if not isinstance(rows, list | tuple):
         raise RequestError(f"the rows must be a list, got {short(rows)}; give a list of objects, one per row")
@@ -36,8 +44,8 @@ def rows_to_arrays(rows: Sequence[Any], signature: Signature) -> dict[str, NDArr
         raise RequestError("there are no rows; give at least one")
     if len(rows) > 1 and not all(spec.batched for spec in signature.inputs):
         raise RequestError(f"this model takes one row at a time, got {len(rows)}; send them one by one", rows=len(rows))
-    named = [_named(i, row, signature) for i, row in enumerate(rows)]
-    return {spec.name: _column([row.get(spec.name) for row in named], spec) for spec in signature.inputs}
+    named = [_named(i, row, signature, place) for i, row in enumerate(rows)]
+    return {spec.name: _column([row.get(spec.name) for row in named], spec, place) for spec in signature.inputs}
 
 
 def arrays_to_rows(outputs: Mapping[str, NDArray[Any]], signature: Signature) -> list[dict[str, Any]]:
@@ -58,37 +66,38 @@ def _rows(arrays: Mapping[str, NDArray[Any]], specs: Sequence[TensorSpec]) -> li
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _named(index: int, row: Any, signature: Signature) -> Mapping[str, Any]:
+def _named(index: int, row: Any, signature: Signature, place: Callable[[int], str]) -> Mapping[str, Any]:
     names = [spec.name for spec in signature.inputs]
     if not isinstance(row, Mapping):
         if len(names) == 1:
             return {names[0]: row}
         raise RequestError(
-            f"row {index} must be an object of columns, got {short(row)}; the columns are {', '.join(names)}", row=index
+            f"{place(index)} must be an object of columns, got {short(row)}; the columns are {', '.join(names)}",
+            row=index,
         )
     unknown = [name for name in row if name not in names]
     if unknown:
         raise RequestError(
-            f"row {index}: unknown column {short(unknown[0])}; the columns are {', '.join(names)}",
+            f"{place(index)}: unknown column {short(unknown[0])}; the columns are {', '.join(names)}",
             row=index,
             column=unknown[0],
         )
     return row
 
 
-def _column(values: list[Any], spec: TensorSpec) -> NDArray[Any]:
-    flat, shape = _flatten(values, spec)
+def _column(values: list[Any], spec: TensorSpec, place: Callable[[int], str]) -> NDArray[Any]:
+    flat, shape = _flatten(values, spec, place)
     row_size = len(flat) // len(values)
 
-    def place(i: int) -> str:
+    def value_place(i: int) -> str:
         index = np.unravel_index(i % row_size, shape[1:]) if row_size > 1 else ()
-        return f"row {i // row_size}, column {spec.name!r}{''.join(f'[{k}]' for k in index)}"
+        return f"{place(i // row_size)}, column {spec.name!r}{''.join(f'[{k}]' for k in index)}"
 
-    array = to_array(flat, spec, place).reshape(shape)
+    array = to_array(flat, spec, value_place).reshape(shape)
     return array if spec.batched else array[0]
 
 
-def _flatten(values: list[Any], spec: TensorSpec) -> tuple[list[Any], tuple[int, ...]]:
+def _flatten(values: list[Any], spec: TensorSpec, place: Callable[[int], str]) -> tuple[list[Any], tuple[int, ...]]:
     """Unpack nested lists level by level; return the innermost values and the shape (len(values), *row shape)."""
     level, shape = values, [len(values)]
     for depth, axis in enumerate(spec.row_shape):
@@ -103,7 +112,7 @@ def _flatten(values: list[Any], spec: TensorSpec) -> tuple[list[Any], tuple[int,
                 got = f"{len(value)} values" if is_list[i] else short(value)
                 row = i * len(values) // len(level)
                 raise RequestError(
-                    f"row {row}, column {spec.name!r} must be lists of shape {list(spec.row_shape)} of {expected(spec)}: "
+                    f"{place(row)}, column {spec.name!r} must be lists of shape {list(spec.row_shape)} of {expected(spec)}: "
                     f"axis {depth} takes {size if isinstance(axis, int) else 'equally many'} values, got {got}",
                     row=row,
                     column=spec.name,

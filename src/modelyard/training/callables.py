@@ -4,15 +4,15 @@ import contextlib
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from modelyard.errors import ConfigError
 
 
-def load_callable(target: str, root: Path, *, field: str) -> Callable[..., Any]:
-    """Return the function that `target` names, its module looked for in `root` first.
+def call(target: str, root: Path, *arguments: Any, field: str) -> Any:
+    """Call the function that `target` names, its module looked for in `root` first, and return what it returns.
 
     Args:
         field: where the name was given, for the error: "[data] callable".
@@ -32,16 +32,15 @@ def load_callable(target: str, root: Path, *, field: str) -> Callable[..., Any]:
             raise ConfigError(
                 f"{field} = {target!r}: no module {exc.name!r} in {root} or installed; correct the name"
             ) from exc
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        close = difflib.get_close_matches(function_name, public, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(
-            f"{field} = {target!r}: {module_name} has no function {function_name!r}{hint}; correct the name"
-        )
-    checked: Callable[..., Any] = function
-    return checked
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+            close = difflib.get_close_matches(function_name, public, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(
+                f"{field} = {target!r}: {module_name} has no function {function_name!r}{hint}; correct the name"
+            )
+        return function(*arguments)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,11 @@ graph will take; both worlds see the same numbers because floats are rounded to 
 
 import difflib
 import hashlib
-import importlib
 import struct
-import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +23,7 @@ from modelyard.bundle.cases import Arrays, check_array
 from modelyard.bundle.manifest import BATCH, DataLineage, Datatype, TensorSpec
 from modelyard.errors import ConfigError, DataError, MissingExtra, SignatureMismatch
 from modelyard.schema import Frozen
+from modelyard.training.callables import call
 from modelyard.training.split import Split, SplitConfig, split_rows
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ MAX_INTEGER_CLASSES = 100
 """An integer label with more distinct values than this is taken for a quantity."""
 MAX_FLOAT_CLASSES = 20
 """As above for whole numbers in a float column."""
+_MISSING_TEXTS = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-NaN", "-nan", "NULL", "null", "None", "<NA>")
+"""What a CSV file may write for a missing value, as pandas reads it."""
 _DATATYPES: dict[str, Datatype] = {"b": "BOOL", "i": "INT64", "f": "FP32", "O": "BYTES", "u": "UINT8"}
 
 
@@ -49,7 +50,10 @@ class DataConfig(Frozen, frozen=True):
     """The [data] table of yard.toml."""
 
     path: str | None = None
-    """.csv, .parquet, .npz, or an image folder with one sub-folder per class; relative to yard.toml."""
+    """.csv, .parquet, .npz, or an image folder with one sub-folder per class; relative to yard.toml.
+
+    In CSV an empty field, NA, N/A, NaN, NULL and None are missing values.
+    """
     callable: str | None = None
     """"module:function", importable from yard.toml's folder; returns a pandas DataFrame or a dict of arrays."""
     label: Annotated[str, Meta(min_length=1)] = "label"
@@ -159,7 +163,7 @@ def rows_for(path: Path, specs: Sequence[TensorSpec]) -> Arrays:
     if path.suffix == ".npz":
         columns: dict[str, Any] = _read_npz(path)
     elif path.suffix in (".csv", ".parquet"):
-        text = {spec.name: str for spec in specs if spec.datatype == "BYTES"}
+        text = [spec.name for spec in specs if spec.datatype == "BYTES"]
         table = _read_csv(path, text) if path.suffix == ".csv" else _read_parquet(path)
         columns = {str(name): table[name] for name in table.columns}
     else:
@@ -210,7 +214,7 @@ class _Rows:
 def _read_rows(data: DataConfig, split: SplitConfig, root: Path, progress: Progress) -> _Rows:
     if data.callable is not None:
         progress(f"calling {data.callable}")
-        made = _call(data.callable, root)
+        made = call(data.callable, root, field="[data] callable")
         if isinstance(made, Mapping):
             return _from_mapping({str(name): np.asarray(array) for name, array in made.items()}, data, split, progress)
         if isinstance(made, _pandas().DataFrame):
@@ -237,64 +241,45 @@ def _read_rows(data: DataConfig, split: SplitConfig, root: Path, progress: Progr
     )
 
 
-def _call(target: str, root: Path) -> Any:
-    module_name, _, function_name = target.partition(":")
-    if not module_name or not function_name:
-        raise ConfigError(f'[data] callable must be "module:function", got {target!r}; correct it')
-    with _importable(root, module_name):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as exc:
-            if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
-                raise  # the module is there; something that it imports is not
-            raise ConfigError(
-                f"[data] callable = {target!r}: no module {exc.name!r} in {root} or installed; correct the name"
-            ) from exc
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise ConfigError(
-                f"[data] callable = {target!r}: {module_name} has no function {function_name!r}{_close(function_name, public)}; "
-                "correct the name"
-            )
-        return function()
-
-
-@contextmanager
-def _importable(root: Path, module_name: str) -> Iterator[None]:
-    """Put `root` first on the import path, and forget a module of the same name that another folder brought."""
-    parent = module_name.partition(".")[0]
-    own = {(root / f"{parent}.py").resolve(), (root / parent / "__init__.py").resolve()}
-    known = getattr(sys.modules.get(parent), "__file__", None)
-    if known is not None and any(path.exists() for path in own) and Path(known).resolve() not in own:
-        for name in [name for name in sys.modules if name == parent or name.startswith(f"{parent}.")]:
-            del sys.modules[name]
-    importlib.invalidate_caches()
-    sys.path.insert(0, str(root.resolve()))
+def _read_csv(path: Path, text: Sequence[str] = ()) -> "pd.DataFrame":
+    """Return the table; columns named in `text` are not interpreted."""
+    _pandas()
     try:
-        yield
-    finally:
-        sys.path.remove(str(root.resolve()))
-
-
-def _read_csv(path: Path, dtype: Mapping[str, type] | None = None) -> "pd.DataFrame":
-    pandas = _pandas()
+        import pyarrow as pa
+        from pyarrow import csv
+    except ImportError as exc:
+        raise MissingExtra("pyarrow", "train", "reading CSV") from exc
     _require_distinct(_csv_header(path), path)
     try:
-        # pyarrow's reader is strict about ragged rows, recognises dates, and reads large files on all cores.
-        table: pd.DataFrame = pandas.read_csv(path, engine="pyarrow", dtype=dtype)
-    except pandas.errors.EmptyDataError as exc:
-        raise DataError(f"{path}: the file is empty; bring a header and rows") from exc
-    except (ValueError, UnicodeDecodeError) as exc:  # pandas' and pyarrow's parsing errors are ValueErrors
-        raise DataError(f"{path}: not readable as CSV in UTF-8: {exc}; correct the file") from exc
+        # pyarrow rather than pandas' own parser: strict about ragged rows, recognises dates, reads on all cores.
+        read = csv.read_csv(
+            path,
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=csv.ConvertOptions(
+                null_values=_MISSING_TEXTS,
+                strings_can_be_null=True,
+                column_types={name: pa.string() for name in text},
+            ),
+        )
+    except ValueError as exc:  # pyarrow's errors are ValueErrors
+        if "Empty CSV file" in str(exc):
+            raise DataError(f"{path}: the file is empty; bring a header and rows") from exc
+        raise DataError(f"{path}: not readable as CSV: {exc}; correct the file") from exc
+    for column in read.schema:
+        if pa.types.is_binary(column.type):
+            raise DataError(f"{path}: column {column.name!r} is not text in UTF-8; save the file in this encoding")
+    table: pd.DataFrame = read.to_pandas()
     return table
 
 
 def _csv_header(path: Path) -> list[str]:
     import csv
 
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        return next(csv.reader(stream), [])
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            return next(csv.reader(stream), [])
+    except csv.Error as exc:
+        raise DataError(f"{path}: the first line is no CSV header ({exc}); correct the file") from exc
 
 
 def _read_parquet(path: Path) -> "pd.DataFrame":
@@ -558,6 +543,8 @@ def _kind(series: "pd.Series[Any]", where: str) -> tuple["pd.Series[Any]", str]:
 def _family(value: Any) -> str:
     if isinstance(value, bool | np.bool_):
         return "boolean"
+    if isinstance(value, complex):
+        return "complex"
     return "number" if isinstance(value, int | float | np.number) else type(value).__name__
 
 
@@ -759,7 +746,7 @@ def _close(name: str, names: Iterable[str]) -> str:
 
 
 def _require_distinct(names: Sequence[str], source: object) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, n in Counter(names).items() if n > 1)
     if twice:
         raise DataError(
             f"{source}: several columns are named {twice[0]!r}; give every column a name of its own", columns=twice

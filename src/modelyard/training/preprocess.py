@@ -26,6 +26,8 @@ class NumberTransform:
     columns: tuple[str, ...]
     nullable: tuple[int, ...]
     """Positions in `columns` that get an indicator of missing."""
+    floats: bool
+    """Whether any column holds floats, which may be missing: integers never are."""
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
     """Shape (columns,); 1 where a column is constant."""
@@ -42,11 +44,13 @@ class NumberTransform:
         floats = [graph.add("Unsqueeze", graph.add("Cast", name, to=1), axis) for name in self.columns]
         stacked = graph.add("Concat", *floats, axis=1)
         mean = graph.constant(self.mean)
-        if not self.nullable:
+        if not self.floats:
             return graph.add("Div", graph.add("Sub", stacked, mean), graph.constant(self.std))
         missing = graph.add("IsNaN", stacked)
         filled = graph.add("Where", missing, mean, stacked)
         scaled = graph.add("Div", graph.add("Sub", filled, mean), graph.constant(self.std))
+        if not self.nullable:
+            return scaled
         chosen = graph.add("Gather", missing, graph.constant(np.array(self.nullable, dtype=np.int64)), axis=1)
         return graph.add("Concat", scaled, graph.add("Cast", chosen, to=1), axis=1)
 
@@ -145,8 +149,9 @@ def fit_preprocessor(specs: tuple[TensorSpec, ...], train: Arrays) -> Preprocess
     if numbers:
         stacked = np.stack([train[spec.name].astype(np.float32) for spec in numbers], axis=1)
         mean, std = _moments(stacked)
+        floats = any(spec.datatype.startswith("FP") for spec in numbers)
         nullable = tuple(i for i, spec in enumerate(numbers) if spec.nullable)
-        transforms.append(NumberTransform(tuple(spec.name for spec in numbers), nullable, mean, std))
+        transforms.append(NumberTransform(tuple(spec.name for spec in numbers), nullable, floats, mean, std))
     for spec in specs:
         if spec in numbers:
             continue

@@ -20,6 +20,7 @@ PARTS = ("train", "validation", "test")
 MIN_CLASS_ROWS = 3
 """A class needs a row in each part."""
 _LISTED = 10
+_STREAM = int.from_bytes(b"split", "big")
 
 
 class SplitConfig(Frozen, frozen=True):
@@ -182,8 +183,10 @@ def _by_time(config: SplitConfig, by: NDArray[Any]) -> NDArray[np.int8]:
 
 
 def _keys(seed: int, n: int) -> NDArray[np.float64]:
-    # PCG64 by name and plain doubles: the stream that NumPy promises to keep.
-    return np.random.Generator(np.random.PCG64(seed)).random(n)
+    # PCG64 by name and plain doubles: the stream that NumPy promises to keep. A stream of our own, since a column drawn from
+    # default_rng(0) would otherwise decide, with the same seed, which rows are held out.
+    entropy = np.random.SeedSequence([_STREAM, seed])
+    return np.random.Generator(np.random.PCG64(entropy)).random(n)
 
 
 def _encode(values: NDArray[Any]) -> tuple[tuple[Any, ...], NDArray[np.int64]]:

@@ -23,7 +23,7 @@ from modelyard.metering import Meter, Metered
 from modelyard.metrics import Answers, default_metric
 from modelyard.prices import Device
 from modelyard.schema import to_builtins
-from modelyard.training.callables import load_callable
+from modelyard.training.callables import call
 from modelyard.training.data import Dataset
 from modelyard.training.evaluate import Comparison, Evaluation, compare, evaluate
 from modelyard.training.export import Proof, export, write
@@ -244,7 +244,7 @@ def _module(job: _Job, x: "torch.Tensor", *, is_image: bool) -> "torch.nn.Module
 
     n_outputs = len(job.dataset.classes) or 1
     if job.model.callable:
-        made = load_callable(job.model.callable, job.root, field="[model] callable")(tuple(x.shape[1:]), n_outputs)
+        made = call(job.model.callable, job.root, tuple(x.shape[1:]), n_outputs, field="[model] callable")
         if not isinstance(made, torch.nn.Module):
             raise TrainingError(
                 f"model.callable {job.model.callable!r} must return a torch module, got {type(made).__name__}"
@@ -319,7 +319,7 @@ def _sklearn(job: _Job) -> Built:
     """An estimator of the user's own, over a DataFrame of the columns."""
     assert job.model.callable is not None  # the configuration says so
     dataset, rows = job.dataset, job.dataset.split.train
-    estimator = load_callable(job.model.callable, job.root, field="[model] callable")()
+    estimator = call(job.model.callable, job.root, field="[model] callable")
     if not hasattr(estimator, "fit"):
         raise TrainingError(
             f"model.callable {job.model.callable!r} must return an estimator with fit(), got {type(estimator).__name__}"

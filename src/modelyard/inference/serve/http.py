@@ -20,7 +20,14 @@ from typing import cast
 import httptools
 import msgspec
 
-from modelyard.errors import BodyTooLarge, ClientTooSlow, HeadersTooLarge, ModelyardError, RequestError
+from modelyard.errors import (
+    BodyTooLarge,
+    ClientTooSlow,
+    HeadersTooLarge,
+    MethodNotAllowed,
+    ModelyardError,
+    RequestError,
+)
 from modelyard.inference.serve.messages import Answer, Handler, Request, Response, error_response
 
 _NEVER = float("inf")
@@ -203,8 +210,8 @@ class HttpConnection(asyncio.Protocol):
         self._url, self._headers, self._parts = b"", {}, []
         self._head_bytes = self._unparsed_head_bytes = self._body_bytes = 0
         self._in_head = self._in_message = True
-        self._started_s = self._loop.time()
-        self._deadline_s = self._started_s + self._limits.read_timeout_s
+        self._started_s = time.perf_counter()
+        self._deadline_s = self._loop.time() + self._limits.read_timeout_s
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -216,7 +223,7 @@ class HttpConnection(asyncio.Protocol):
             self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        if self._stopped:
+        if self._stopped or self._parser.should_upgrade():
             return
         self._in_head = False
         version = self._parser.get_http_version()
@@ -242,11 +249,11 @@ class HttpConnection(asyncio.Protocol):
             self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        if self._stopped:
+        if self._stopped or self._parser.should_upgrade():
             return
         self._in_message = False
         self._deadline_s = _NEVER  # from here on it is our turn
-        keep_alive = self._parser.should_keep_alive() and self._parser.get_method() != b"CONNECT"
+        keep_alive = self._parser.should_keep_alive()
         path, query = _split(self._url)
         request = Request(
             self._parser.get_method().decode(),
@@ -297,8 +304,7 @@ class HttpConnection(asyncio.Protocol):
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as exc:
-                # No other protocol is spoken here, so the offer is ignored; what follows is the next request.
-                data = data[exc.args[0] :]
+                data = self._without_upgrade() + data[exc.args[0] :]
                 self._parser = httptools.HttpRequestParser(self)
             except httptools.HttpParserCallbackError:
                 raise  # a bug of ours
@@ -308,6 +314,24 @@ class HttpConnection(asyncio.Protocol):
                 return
             else:
                 return
+
+    def _without_upgrade(self) -> bytes:
+        """Return the head just read without its offer to upgrade.
+
+        No other protocol is spoken here and the offer may be ignored, but the parser takes the body for the other protocol's;
+        so the same request is read once more as a plain one.
+        """
+        if self._parser.get_method() == b"CONNECT":
+            if not self._stopped:
+                self._refuse(MethodNotAllowed("CONNECT is not taken here; this is no proxy", allow="GET, HEAD, POST"))
+            return b""
+        line = b"%b %b HTTP/%b\r\n" % (
+            self._parser.get_method(),
+            self._url,
+            self._parser.get_http_version().encode(),
+        )
+        kept = [pair for pair in self._headers.items() if pair[0] not in (b"connection", b"upgrade")]
+        return line + b"".join([b"%b: %b\r\n" % pair for pair in kept]) + b"\r\n"
 
     def _count_head(self, n_bytes: int) -> None:
         self._head_bytes += n_bytes
@@ -394,7 +418,7 @@ class HttpConnection(asyncio.Protocol):
                     response.status,
                     len(request.body),
                     len(body),
-                    self._loop.time() - slot.started_s,
+                    time.perf_counter() - slot.started_s,
                 )
             )
         return head, body

@@ -1,0 +1,271 @@
+"""The edge, over raw sockets to a real server: what a parser alone does not promise."""
+
+import json
+import re
+import socket
+from typing import Any
+
+import pytest
+
+ROW = json.dumps({"instances": [{"dep_hour": 7, "distance": 1.5, "carrier": "UA"}]}).encode()
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def post(body: bytes = ROW, *headers: bytes) -> bytes:
+    lines = [b"POST /v1/models/flights:predict HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+class Connection:
+    """A client that sees bytes."""
+
+    def __init__(self, server: Any) -> None:
+        self.socket = socket.create_connection(server.address, timeout=20)
+        self.stream = self.socket.makefile("rb")
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stream.close()
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def answer(self, *, head: bool = False) -> tuple[int, dict[str, str], bytes]:
+        """Read one answer: status, headers in lower case, body."""
+        line = self.stream.readline()
+        assert line.startswith(b"HTTP/1.1 "), line
+        headers: dict[str, str] = {}
+        while (header := self.stream.readline()) != b"\r\n":
+            name, _, value = header.decode().partition(": ")
+            headers[name.lower()] = value.strip()
+        body = b"" if head else self.stream.read(int(headers.get("content-length", 0)))
+        return int(line.split()[1]), headers, body
+
+    def at_end(self) -> bool:
+        """Whether the server has closed its side and sent nothing more."""
+        return self.stream.read(1) == b""
+
+
+@pytest.fixture
+def connection(server: Any) -> Any:
+    with Connection(server) as connection:
+        yield connection
+
+
+def test_a_connection_is_kept_alive(connection: Connection) -> None:
+    for _ in range(3):
+        connection.send(post())
+        status, headers, body = connection.answer()
+        assert status == 200
+        assert "connection" not in headers
+        assert "predictions" in json.loads(body)
+
+
+def test_pipelined_requests_are_answered_in_order(connection: Connection) -> None:
+    """Also when the first is slower than the second: 2,000 steps run on the model's thread."""
+    slow = json.dumps({"inputs": [{"name": "n_steps", "shape": [1], "datatype": "INT64", "data": [2000]}]}).encode()
+    first = (
+        b"POST /v2/models/patient/infer HTTP/1.1\r\nHost: x\r\nX-Request-Id: first\r\nContent-Length: %d\r\n\r\n"
+        % len(slow)
+    )
+    connection.send(
+        first + slow + post(ROW, b"X-Request-Id: second") + LIVE.replace(b"Host", b"X-Request-Id: third\r\nHost")
+    )
+    assert [connection.answer()[1]["x-request-id"] for _ in range(3)] == ["first", "second", "third"]
+
+
+def test_hundreds_of_pipelined_requests_are_all_answered(connection: Connection) -> None:
+    connection.send(LIVE * 500)
+    assert [connection.answer()[0] for _ in range(500)] == [200] * 500
+
+
+def test_a_request_may_arrive_byte_by_byte(connection: Connection) -> None:
+    connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for byte in post():
+        connection.send(bytes([byte]))
+    assert connection.answer()[0] == 200
+
+
+def test_a_chunked_body_is_put_together(connection: Connection) -> None:
+    half = len(ROW) // 2
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (ROW[:half], ROW[half:]))
+    connection.send(
+        b"POST /v1/models/flights:predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + chunks
+        + b"0\r\n\r\n"
+    )
+    assert connection.answer()[0] == 200
+    connection.send(LIVE)
+    assert connection.answer()[0] == 200
+
+
+def test_head_gives_the_headers_of_get_and_no_body(connection: Connection) -> None:
+    connection.send(b"HEAD /v2/models/flights HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE)
+    status, headers, _ = connection.answer(head=True)
+    assert status == 200
+    assert int(headers["content-length"]) > 0
+    assert connection.answer()[2] == b'{"live":true}'
+
+
+def test_expect_100_continue_is_answered_before_the_body_is_sent(connection: Connection) -> None:
+    head, _, body = post(ROW, b"Expect: 100-continue").partition(b"\r\n\r\n")
+    connection.send(head + b"\r\n\r\n")
+    assert connection.stream.readline() == b"HTTP/1.1 100 Continue\r\n"
+    assert connection.stream.readline() == b"\r\n"
+    connection.send(body)
+    assert connection.answer()[0] == 200
+
+
+def test_expect_with_too_large_a_body_is_refused_at_once(connection: Connection) -> None:
+    connection.send(b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 200001\r\n\r\n")
+    assert connection.answer()[0] == 413
+    assert connection.at_end()
+
+
+def test_http_1_0_is_answered_and_closed(connection: Connection) -> None:
+    connection.send(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+    status, headers, body = connection.answer()
+    assert (status, headers["connection"], body) == (200, "close", b'{"live":true}')
+    assert connection.at_end()
+
+
+def test_http_1_0_may_ask_to_be_kept_alive(connection: Connection) -> None:
+    for _ in range(2):
+        connection.send(b"GET /v2/health/live HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        status, headers, _ = connection.answer()
+        assert (status, headers["connection"]) == (200, "keep-alive")
+
+
+def test_connection_close_is_honoured(connection: Connection) -> None:
+    connection.send(LIVE.replace(b"Host", b"Connection: close\r\nHost"))
+    assert connection.answer()[1]["connection"] == "close"
+    assert connection.at_end()
+
+
+def test_an_offer_to_upgrade_is_ignored(connection: Connection) -> None:
+    """curl --http2 makes one with its first request."""
+    offer = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQ"]
+    connection.send(post(ROW, *offer) + LIVE)
+    assert connection.answer()[0] == 200
+    assert connection.answer()[2] == b'{"live":true}'
+
+
+def test_connect_is_refused(connection: Connection) -> None:
+    connection.send(b"CONNECT elsewhere:443 HTTP/1.1\r\nHost: x\r\n\r\n\x16\x03")
+    assert connection.answer()[0] == 405
+    assert connection.at_end()
+
+
+def test_a_client_that_closes_its_side_gets_its_answers(connection: Connection) -> None:
+    connection.send(post() + post())
+    connection.socket.shutdown(socket.SHUT_WR)
+    assert [connection.answer()[0] for _ in range(2)] == [200, 200]
+    assert connection.at_end()
+
+
+def test_a_request_cut_off_in_the_middle_is_dropped(connection: Connection) -> None:
+    connection.send(post()[:-5])
+    connection.socket.shutdown(socket.SHUT_WR)
+    assert connection.at_end()
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"nonsense\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    ],
+)
+def test_what_is_not_http_is_400_and_closed(connection: Connection, request_bytes: bytes) -> None:
+    connection.send(request_bytes)
+    status, headers, body = connection.answer()
+    assert status == 400
+    assert headers["connection"] == "close"
+    assert headers["x-request-id"]
+    assert "HTTP" in json.loads(body)["error"]
+    assert connection.at_end()
+
+
+def test_answers_owed_come_before_a_refusal(connection: Connection) -> None:
+    connection.send(LIVE + b"nonsense\r\n\r\n")
+    assert [connection.answer()[0] for _ in range(2)] == [200, 400]
+    assert connection.at_end()
+
+
+def test_headers_over_the_limit_are_431(connection: Connection) -> None:
+    connection.send(b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 40_000 + b"\r\n\r\n")
+    assert connection.answer()[0] == 431
+    assert connection.at_end()
+
+
+def test_many_headers_over_the_limit_are_431(connection: Connection) -> None:
+    connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 10_000 + b"\r\n")
+    assert connection.answer()[0] == 431
+    assert connection.at_end()
+
+
+def test_a_header_that_never_ends_is_431(connection: Connection) -> None:
+    """The server must not keep collecting it; it may stop reading at any point."""
+    connection.send(b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ")
+    try:
+        for _ in range(1000):
+            connection.send(b"a" * 10_000)
+    except (BrokenPipeError, ConnectionResetError):
+        return  # refused, and the answer lost because we went on sending
+    assert connection.answer()[0] == 431
+
+
+def test_a_body_over_the_limit_is_413(connection: Connection) -> None:
+    connection.send(post(b"x" * 200_001))
+    status, _, body = connection.answer()
+    assert status == 413
+    assert "200000 bytes" in json.loads(body)["error"]
+    assert connection.at_end()
+
+
+def test_a_chunked_body_over_the_limit_is_413(connection: Connection) -> None:
+    connection.send(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    connection.send((b"10000\r\n" + b"x" * 0x10000 + b"\r\n") * 4)
+    assert connection.answer()[0] == 413
+    assert connection.at_end()
+
+
+def test_a_client_too_slow_with_its_headers_is_408(connection: Connection) -> None:
+    """This server allows one second."""
+    connection.send(LIVE[:-2])
+    assert connection.answer()[0] == 408
+    assert connection.at_end()
+
+
+def test_a_client_too_slow_with_its_body_is_408(connection: Connection) -> None:
+    connection.send(post()[:-1])
+    assert connection.answer()[0] == 408
+    assert connection.at_end()
+
+
+def test_a_sane_request_id_comes_back_and_any_other_is_replaced(connection: Connection) -> None:
+    for sent, kept in [(b"my-id 7", True), (b"x" * 128, True), (b"x" * 129, False), (b"caf\xc3\xa9", False)]:
+        connection.send(LIVE.replace(b"Host", b"X-Request-Id: " + sent + b"\r\nHost"))
+        got = connection.answer()[1]["x-request-id"]
+        assert (got == sent.decode()) is kept
+        assert re.fullmatch(r"[ -~]{1,128}", got)
+
+
+def test_errors_carry_a_request_id_too(connection: Connection) -> None:
+    connection.send(b"GET /nowhere HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\n\r\n")
+    status, headers, body = connection.answer()
+    assert (status, headers["x-request-id"]) == (404, "mine")
+    assert "/v1/models" in json.loads(body)["error"]

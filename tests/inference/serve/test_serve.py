@@ -1,0 +1,216 @@
+"""A server's life: what is served, what is refused, how it ends. Real processes and signals."""
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from modelyard.bundle.store import open_store
+from modelyard.inference.serve.work import INLINE_BELOW_S, place
+
+
+def get(url: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, json.load(exc)
+
+
+def serve_to_the_end(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a server that is expected to end by itself."""
+    command = [sys.executable, "-m", "modelyard", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def patient_request(n_steps: int, *headers: bytes) -> bytes:
+    tensor = {"name": "n_steps", "shape": [1], "datatype": "INT64", "data": [n_steps]}
+    wanted = {"name": "value", "parameters": {"binary_data": True}}
+    body = json.dumps({"inputs": [tensor], "outputs": [wanted]}).encode()
+    lines = [b"POST /v2/models/patient/infer HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_the_champion_is_served_else_the_latest(tmp_path: Path, publish: Any, small_models: Any, serve: Any) -> None:
+    store = tmp_path / "store"
+    for name in ("with-champion", "without"):
+        for _ in range(3):
+            publish(store, small_models["tabular"], name)
+    open_store(store).tag("with-champion", "champion", 2)
+    with serve(store) as server:
+        assert {model["name"]: model["version"] for model in server.models} == {"with-champion": 2, "without": 3}
+        assert get(f"{server.url}/v2/models/without/versions/2")[0] == 404
+
+
+def test_model_options_choose_models_versions_and_tags(
+    tmp_path: Path, publish: Any, small_models: Any, serve: Any
+) -> None:
+    store = tmp_path / "store"
+    for name in ("a", "b", "c"):
+        publish(store, small_models["tabular"], name)
+        publish(store, small_models["tabular"], name)
+    open_store(store).tag("b", "canary", 1)
+    with serve(store, "--model", "a=1", "--model", "a=2", "--model", "b=canary") as server:
+        assert [(model["name"], model["version"]) for model in server.models] == [("a", 1), ("a", 2), ("b", 1)]
+        assert get(f"{server.url}/v2/models/a")[1]["versions"] == ["1", "2"]
+        assert get(f"{server.url}/v2/models/c")[0] == 404
+
+
+def test_a_model_that_fails_its_golden_cases_is_reported_and_the_others_serve(
+    tmp_path: Path, publish: Any, small_models: Any, serve: Any
+) -> None:
+    store = tmp_path / "store"
+    publish(store, small_models["tabular"], "good")
+    publish(store, small_models["tabular"], "wrong", broken=True)
+    publish(store, small_models["tabular"], "torn")
+    graph = store / "torn" / "1" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1])
+    with serve(store) as server:
+        states = {model["name"]: (model["state"], model["reason"]) for model in server.models}
+        assert states["good"] == ("ready", "")
+        assert states["wrong"][0] == states["torn"][0] == "failed"
+        assert "golden case" in states["wrong"][1]
+        assert "model.onnx" in states["torn"][1]
+        assert "wrong version 1: failed" in server.log.read_text()
+        assert get(f"{server.url}/v2/health/ready") == (200, {"ready": True})
+        status, answer = get(f"{server.url}/v2/models/wrong/ready")
+        assert (status, answer["ready"]) == (503, False)
+        assert "golden case" in answer["error"]
+        status, answer = get(f"{server.url}/v2/models/wrong")
+        assert status == 503
+        assert get(f"{server.url}/v1/models/wrong")[1]["model_version_status"][0]["state"] == "END"
+        assert get(f"{server.url}/v2/models/good/ready")[0] == 200
+
+
+def test_when_no_model_can_be_loaded_the_server_ends_with_2(tmp_path: Path, publish: Any, small_models: Any) -> None:
+    publish(tmp_path, small_models["tabular"], "wrong", broken=True)
+    ended = serve_to_the_end(str(tmp_path), "--port", "0")
+    assert ended.returncode == 2
+    assert "golden case" in ended.stderr
+    assert "error: no model could be loaded" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path, store: Path) -> None:
+    for arguments, message in [
+        ([str(tmp_path / "nowhere")], "no model in it"),
+        ([str(tmp_path)], "no model in it"),
+        ([str(store / "tabular" / "1")], "is a bundle"),
+        ([str(store), "--model", "nobody"], "nobody"),
+        ([str(store), "--model", "tabular=9"], "no version 9"),
+        ([str(store), "--model", "tabular=canary"], "'canary'"),
+        ([str(store), "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+    ]:
+        ended = serve_to_the_end(*arguments, "--port", "0")
+        assert ended.returncode == 2, arguments
+        assert ended.stderr.startswith("error: "), ended.stderr
+        assert message in ended.stderr, ended.stderr
+        assert ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_a_port_in_use_is_named(store: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = serve_to_the_end(str(store), "--port", str(port))
+    assert ended.returncode == 2
+    assert f"--port {port}" in ended.stderr
+    assert "in use" in ended.stderr
+
+
+def test_sigterm_answers_what_is_being_computed_and_ends_with_0(store: Path, serve: Any) -> None:
+    """The first of two pipelined requests is answered: then the second has been read too, and is being computed."""
+    with serve(store, "--model", "patient") as server, socket.create_connection(server.address, timeout=60) as client:
+        client.sendall(LIVE + patient_request(3000))
+        stream = client.makefile("rb")
+        while b"live" not in stream.readline():
+            if stream.peek(13).startswith(b'{"live":true}'):
+                stream.read(13)
+                break
+        server.terminate()
+        assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
+        rest = stream.read()
+        assert b"\r\nConnection: close\r\n" in rest
+        assert len(rest) > 256 * 256 * 4
+        assert server.process.wait(timeout=60) == 0
+
+
+def test_sigterm_waits_for_a_request_that_is_still_arriving(store: Path, serve: Any) -> None:
+    with serve(store, "--model", "patient") as server, socket.create_connection(server.address, timeout=60) as client:
+        request = patient_request(1, b"Expect: 100-continue")
+        head, _, body = request.partition(b"\r\n\r\n")
+        client.sendall(head + b"\r\n\r\n")
+        stream = client.makefile("rb")
+        assert stream.readline() == b"HTTP/1.1 100 Continue\r\n"
+        stream.readline()
+        server.terminate()
+        while True:  # until the port is closed
+            try:
+                socket.create_connection(server.address, timeout=60).close()
+            except ConnectionRefusedError:
+                break
+        client.sendall(body)
+        assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
+        assert b"\r\nConnection: close\r\n" in stream.read()
+        assert server.process.wait(timeout=60) == 0
+
+
+def test_sigterm_closes_idle_connections_and_ends_with_0(store: Path, serve: Any) -> None:
+    with serve(store, "--model", "tabular") as server, socket.create_connection(server.address, timeout=60) as idle:
+        idle.sendall(LIVE)
+        assert idle.recv(5) == b"HTTP/"
+        server.terminate()
+        assert server.process.wait(timeout=60) == 0
+
+
+def test_the_drain_timeout_cuts_off_what_does_not_end(store: Path, serve: Any) -> None:
+    with serve(store, "--model", "patient", "--drain-timeout", "0") as server:  # noqa: SIM117  # the log is read after the client has gone
+        with socket.create_connection(server.address, timeout=60) as client:
+            client.sendall(LIVE + patient_request(10**9))
+            assert client.recv(5) == b"HTTP/"
+            server.terminate()
+            assert server.process.wait(timeout=60) == 1
+        assert "1 connections unanswered" in server.log.read_text()
+
+
+def test_a_second_signal_ends_the_drain(store: Path, serve: Any) -> None:
+    with serve(store, "--model", "patient", "--drain-timeout", "600") as server:  # noqa: SIM117  # as above
+        with socket.create_connection(server.address, timeout=60) as client:
+            client.sendall(LIVE + patient_request(10**9))
+            assert client.recv(5) == b"HTTP/"
+            server.terminate()
+            while True:  # until the first signal has been heard
+                try:
+                    socket.create_connection(server.address, timeout=60).close()
+                except ConnectionRefusedError:
+                    break
+            server.terminate()
+            assert server.process.wait(timeout=60) == 1
+
+
+def test_the_access_log_has_a_json_line_per_request(store: Path, serve: Any) -> None:
+    with serve(store, "--model", "tabular", "--access-log") as server:
+        get(f"{server.url}/v2/health/live")
+        get(f"{server.url}/nowhere")
+        server.terminate()
+        assert server.process.wait(timeout=60) == 0
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("GET", "/v2/health/live", 200),
+        ("GET", "/nowhere", 404),
+    ]
+    assert all(line["request_id"] and line["duration_s"] >= 0 for line in lines)
+
+
+def test_only_what_is_quicker_than_a_hand_over_runs_on_the_loop() -> None:
+    assert place(1, 10e-6) == "loop"
+    assert place(int(INLINE_BELOW_S / 10e-6) + 1, 10e-6) == "thread"
+    assert place(1, 5e-3) == "thread"
+    assert place(1, float("inf")) == "thread"
