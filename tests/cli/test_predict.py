@@ -21,7 +21,7 @@ CSV = """delay,origin,dest,label
 0,ORD,LAX,on_time
 """
 LABELS = late_cases().outputs["label"].tolist()
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"delay": 0, "origin": "EWR"},
     {"delay": 30.0, "origin": "JFK"},
     {"delay": -12, "origin": "LGA"},

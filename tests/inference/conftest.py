@@ -132,7 +132,7 @@ def flights() -> SmallModel:
             keys_int64s=[0, 1], values_strings=["late", "on_time"], default_string="on_time",
         ),
     ]  # fmt: skip
-    constants = {
+    constants: Arrays = {
         "mean_distance": np.array(1000, dtype=np.float32),
         "one": np.array([1], dtype=np.int64),
         "w": np.array([[0.1, -0.1], [0.001, -0.001], [1, -1]], dtype=np.float32),
@@ -303,8 +303,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, publish: Publish, small_mode
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server of all small models, for tests that leave it as it is."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    options = ["--read-timeout", "1", "--max-body-bytes", "200000"]
-    with serving(store, log, *options) as running:
+    with serving(store, log, "--max-body-bytes", "200000") as running:
         yield running
         assert running.process.poll() is None, log.read_text()
         assert "Traceback" not in log.read_text(), log.read_text()

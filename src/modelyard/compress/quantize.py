@@ -9,11 +9,10 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from modelyard.bundle.cases import Arrays
@@ -52,7 +51,7 @@ def quantize(bundle: Bundle, technique: Technique, calibration: Arrays) -> bytes
             raise
         except Exception as exc:  # the quantizer raises many kinds
             raise CompressionError(
-                f"{bundle.path}: {technique} failed: {(str(exc).strip() or type(exc).__name__).splitlines()[0]}"
+                f"{technique} failed: {(str(exc).strip() or type(exc).__name__).splitlines()[0]}"
             ) from exc
         return target.read_bytes()
 
@@ -61,11 +60,9 @@ def _require_applicable(bundle: Bundle) -> None:
     kinds = {operator.rpartition(":")[2] for operator in bundle.graph.operators}
     already = sorted(kinds & set(_INTEGER_OPERATORS))
     if already:
-        raise CompressionError(f"{bundle.path}: is quantized already ({', '.join(already)}); start from its parent")
+        raise CompressionError(f"the graph is quantized already ({', '.join(already)}); start from its parent")
     if not kinds & set(_HEAVY):
-        raise CompressionError(
-            f"{bundle.path}: has no {', '.join(_HEAVY)} to quantize (it has {', '.join(sorted(kinds))}); int8 does nothing for it"
-        )
+        raise CompressionError(f"the graph has no {', '.join(_HEAVY)} to quantize; int8 does nothing for it")
 
 
 def _prepare(bundle: Bundle, target: Path) -> None:
@@ -142,47 +139,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-INDEPENDENCE_TOLERANCE = 1e-3
-
-
-def rows_independent(run: Callable[[Arrays], Arrays], rows: Arrays) -> bool:
-    """Return whether every row is answered alike alone, in a batch, in another order, and beside an outlier.
-
-    Args:
-        run: the engine's own `run`, not wrapped.
-        rows: a few dozen rows, e.g. the golden cases.
-    """
-    n_rows = len(next(iter(rows.values())))
-    alone = [run({name: array[i : i + 1] for name, array in rows.items()}) for i in range(n_rows)]
-    wanted = {name: np.concatenate([answer[name] for answer in alone]) for name in alone[0]}
-    backwards = np.arange(n_rows)[::-1]
-    reversed_rows = run({name: array[backwards] for name, array in rows.items()})
-    batches = [run(rows), {name: answer[backwards] for name, answer in reversed_rows.items()}]
-    for extreme in (_largest, _smallest):
-        beside = run({name: np.concatenate([array, extreme(array)]) for name, array in rows.items()})
-        batches.append({name: answer[:n_rows] for name, answer in beside.items()})
-    return all(_same(wanted[name], answer[name]) for answer in batches for name in wanted)
-
-
-def _largest(array: NDArray[Any]) -> NDArray[Any]:
-    """One row far outside of the others."""
-    if array.dtype.kind == "f":
-        return np.full_like(array[:1], 10 * max(1.0, float(np.nanmax(np.abs(array), initial=0))))
-    if array.dtype.kind in "iu":
-        return np.full_like(array[:1], np.iinfo(array.dtype).max if array.dtype.itemsize == 1 else array.max() * 10)
-    return array[:1]
-
-
-def _smallest(array: NDArray[Any]) -> NDArray[Any]:
-    if array.dtype.kind == "f":
-        return -_largest(array)
-    return np.full_like(array[:1], 0) if array.dtype.kind in "iu" else array[:1]
-
-
-def _same(wanted: NDArray[Any], got: NDArray[Any]) -> bool:
-    if wanted.dtype.kind == "f":
-        tolerance = INDEPENDENCE_TOLERANCE
-        return bool(np.allclose(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True))
-    return bool((wanted == got).all())

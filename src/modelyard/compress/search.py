@@ -20,10 +20,11 @@ from modelyard.bundle.format import Bundle, content_of, write_bundle
 from modelyard.bundle.manifest import Lineage, Score
 from modelyard.bundle.reference import summarise
 from modelyard.compress.measure import compare_cost
-from modelyard.compress.quantize import TECHNIQUES, Technique, quantize, rows_independent
+from modelyard.compress.quantize import TECHNIQUES, Technique, quantize
 from modelyard.compress.verdict import Verdict, judge, test_quality
 from modelyard.errors import CompressionError
 from modelyard.inference.runtime._base import Engine, open_engine
+from modelyard.inference.runtime.independence import rows_independent
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 from modelyard.metering import Meter, Metered
 from modelyard.metrics import Answers, default_metric, find_metric

@@ -103,7 +103,8 @@ def _flatten(values: list[Any], spec: TensorSpec, place: Callable[[int], str]) -
     for depth, axis in enumerate(spec.row_shape):
         rest = spec.row_shape[depth:]
         is_list = [isinstance(value, list | tuple) for value in level]
-        if not any(is_list) and all(size == 1 for size in rest):
+        if all(size == 1 for size in rest):  # any of these may be left out
+            level = [_unwrapped(value, len(rest)) for value in level] if any(is_list) else level
             shape += [1] * len(rest)
             break
         size = axis if isinstance(axis, int) else next(map(len, itertools.compress(level, is_list)), 0)
@@ -123,6 +124,15 @@ def _flatten(values: list[Any], spec: TensorSpec, place: Callable[[int], str]) -
             shape += [size if isinstance(size, int) else 0 for size in rest[1:]]
             break
     return level, tuple(shape)
+
+
+def _unwrapped(value: Any, depth: int) -> Any:
+    """Return the value within up to `depth` lists of one."""
+    for _ in range(depth):
+        if not isinstance(value, list | tuple) or len(value) != 1:
+            break
+        value = value[0]
+    return value
 
 
 def _answers(array: NDArray[Any], spec: TensorSpec, n_rows: int) -> list[Any]:

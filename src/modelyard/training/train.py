@@ -289,7 +289,8 @@ def _lightgbm(job: _Job) -> Built:
     estimator.fit(
         x,
         job.targets_of(split.train),
-        eval_set=[(job.matrix(split.validation), job.targets_of(split.validation))],
+        eval_X=(job.matrix(split.validation),),
+        eval_y=(job.targets_of(split.validation),),
         callbacks=[lightgbm.early_stopping(20, verbose=False), tell],
     )
     return EstimatorPipeline(estimator, job.preprocessor, x.shape[1], job.dataset.task, job.dataset.classes), None

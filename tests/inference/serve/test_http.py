@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,17 +244,26 @@ def test_a_chunked_body_over_the_limit_is_413(connection: Connection) -> None:
     assert connection.at_end()
 
 
-def test_a_client_too_slow_with_its_headers_is_408(connection: Connection) -> None:
-    """This server allows one second."""
-    connection.send(LIVE[:-2])
-    assert connection.answer()[0] == 408
-    assert connection.at_end()
+def test_a_client_too_slow_with_its_headers_or_body_is_408(store: Path, serve: Any) -> None:
+    with serve(store, "--model", "tabular", "--read-timeout", "0.2") as server:
+        for unfinished in (LIVE[:-2], post()[:-1]):
+            with Connection(server) as connection:
+                connection.send(LIVE + unfinished)
+                assert connection.answer()[0] == 200
+                status, _, body = connection.answer()
+                assert status == 408
+                assert "within 0.2 s" in json.loads(body)["error"]
+                assert connection.at_end()
 
 
-def test_a_client_too_slow_with_its_body_is_408(connection: Connection) -> None:
-    connection.send(post()[:-1])
-    assert connection.answer()[0] == 408
-    assert connection.at_end()
+def test_a_client_that_does_not_read_its_answers_is_cut_off(store: Path, serve: Any) -> None:
+    """Its answers pile up only to a limit, and only for the read timeout."""
+    wanted = b'{"inputs":[{"name":"n_steps","shape":[1],"datatype":"INT64","data":[1]}]}'
+    head = b"POST /v2/models/patient/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(wanted)
+    with serve(store, "--model", "patient", "--read-timeout", "0.2") as server, Connection(server) as connection:
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            connection.send((head + wanted) * 300_000)
 
 
 def test_a_sane_request_id_comes_back_and_any_other_is_replaced(connection: Connection) -> None:

@@ -171,7 +171,9 @@ def test_sigterm_closes_idle_connections_and_ends_with_0(store: Path, serve: Any
 
 
 def test_the_drain_timeout_cuts_off_what_does_not_end(store: Path, serve: Any) -> None:
-    with serve(store, "--model", "patient", "--drain-timeout", "0") as server:  # noqa: SIM117  # the log is read after the client has gone
+    with serve(
+        store, "--model", "patient", "--drain-timeout", "0"
+    ) as server:  # the log is read after the client has gone
         with socket.create_connection(server.address, timeout=60) as client:
             client.sendall(LIVE + patient_request(10**9))
             assert client.recv(5) == b"HTTP/"
@@ -181,18 +183,20 @@ def test_the_drain_timeout_cuts_off_what_does_not_end(store: Path, serve: Any) -
 
 
 def test_a_second_signal_ends_the_drain(store: Path, serve: Any) -> None:
-    with serve(store, "--model", "patient", "--drain-timeout", "600") as server:  # noqa: SIM117  # as above
-        with socket.create_connection(server.address, timeout=60) as client:
-            client.sendall(LIVE + patient_request(10**9))
-            assert client.recv(5) == b"HTTP/"
-            server.terminate()
-            while True:  # until the first signal has been heard
-                try:
-                    socket.create_connection(server.address, timeout=60).close()
-                except ConnectionRefusedError:
-                    break
-            server.terminate()
-            assert server.process.wait(timeout=60) == 1
+    with (
+        serve(store, "--model", "patient", "--drain-timeout", "600") as server,
+        socket.create_connection(server.address, timeout=60) as client,
+    ):
+        client.sendall(LIVE + patient_request(10**9))
+        assert client.recv(5) == b"HTTP/"
+        server.terminate()
+        while True:  # until the first signal has been heard
+            try:
+                socket.create_connection(server.address, timeout=60).close()
+            except ConnectionRefusedError:
+                break
+        server.terminate()
+        assert server.process.wait(timeout=60) == 1
 
 
 def test_the_access_log_has_a_json_line_per_request(store: Path, serve: Any) -> None:

@@ -38,7 +38,7 @@ class RowByRow:
         self.name = engine.name
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        n_rows = len(next(iter(inputs.values())))
+        n_rows = max((len(array) for array in inputs.values() if array.ndim), default=1)
         if n_rows <= 1:
             return self._engine.run(inputs)
         answers = [self._engine.run({name: array[i : i + 1] for name, array in inputs.items()}) for i in range(n_rows)]

@@ -1,0 +1,52 @@
+# Everything sets itself up: the first target on a fresh machine makes a virtual environment from pinned constraints.
+#   make demo       the main job on real data: handwritten digits, then flights
+#   make test       the tests; make test-all adds the slow ones
+#   make check      format, lint, types, import contracts, commands in the documents
+#   make bench      measurements, printed with machine, versions and commit
+# On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu brings the small build of torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all check bench constraints format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,2\}//p' Makefile | head -6
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	scripts/set-up.sh $(PYTHON) $(VENV)
+
+demo: $(VENV)/.installed
+	$(BIN)/modelyard run examples/digits/yard.toml
+	$(BIN)/modelyard run examples/flights/yard.toml
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+test-all: $(VENV)/.installed
+	$(BIN)/pytest -m "slow or not slow"
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest tests/test_docs.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/training_loop.py
+	$(BIN)/python bench/int8.py
+	$(BIN)/python bench/light.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pins what the environment holds now; run after installing something newer on purpose.
+constraints: $(VENV)/.installed
+	scripts/pin.sh $(BIN) > constraints.new && mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
