@@ -22,5 +22,5 @@ echo "bare install: $size_mb MB (at most $limit_mb)"
 store=$(mktemp -d)
 "$venv/bin/modelyard" store publish "$store" tests/fixtures/bundle-v1
 "$venv/bin/modelyard" bundle verify "$store"/*/1
-"$venv/bin/python" tests/serve_once.py "$venv/bin/modelyard" "$store"
+"$venv/bin/python" scripts/ask_once.py "$venv/bin/modelyard" "$store"
 rm -rf "$store"

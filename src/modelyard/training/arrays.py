@@ -1,7 +1,6 @@
 """Arrays: an .npz archive or a mapping of arrays → one tensor of images or features, or columns."""
 
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ from numpy.typing import NDArray
 from modelyard.errors import DataError
 from modelyard.training.column_names import require_known
 from modelyard.training.columns import SourceRows, import_pandas, split_column, to_float32
-from modelyard.training.data_config import DataConfig
+from modelyard.training.data_config import DataConfig, Progress
 from modelyard.training.split import SplitConfig
 from modelyard.training.tables import require_rows, rows_of_table
-
-Progress = Callable[[str], None]
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:

@@ -7,7 +7,7 @@ images.py read a kind of source each; columns.py holds the rules for values.
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from modelyard.training.arrays import read_npz, rows_of_arrays
 from modelyard.training.callables import call
 from modelyard.training.column_names import pick
 from modelyard.training.columns import SourceRows, factorize, import_pandas, label_column, take_text, to_float64
-from modelyard.training.data_config import DataConfig, Task
+from modelyard.training.data_config import DataConfig, Progress, Task
 from modelyard.training.images import rows_of_image_folder
 from modelyard.training.split import Split, SplitConfig, split_rows
 from modelyard.training.tables import read_csv, read_parquet, rows_of_table
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from modelyard.training.checks import DataReport
 
 __all__ = ["DataConfig", "Dataset", "data_digest", "load_dataset", "rows_for"]
-
-Progress = Callable[[str], None]
 
 MAX_SLICE_VALUES = 20
 """A text or boolean input with at most this many values is offered for evaluation per slice."""

@@ -1,5 +1,6 @@
 """How labelled data is named and read; apart from data.py, so that every kind of source can use it."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
@@ -8,6 +9,8 @@ from modelyard.errors import ConfigError
 from modelyard.schema import Frozen
 
 Task = Literal["classification", "regression"]
+Progress = Callable[[str], None]
+"""Is told, in a few words, what is being worked on."""
 
 
 class DataConfig(Frozen, frozen=True):

@@ -95,7 +95,7 @@ def fit(
     """Train `module` in place and leave the weights with the lowest validation loss in it.
 
     Args:
-        checkpoint: written every `checkpoint_every_s` and at each epoch's end; a file with the same `run_key` is taken up.
+        checkpoint: written every `checkpoint_every_s`, and at the end of a run that took longer; a file with the same `run_key` is taken up.
         run_key: digest of everything that decides the result: data, split, configuration, versions.
 
     Raises:
@@ -144,7 +144,8 @@ class _Loop:
         while not self.finished:
             self._epoch(first_step)
             self._judge()
-            self._save()
+        if time.monotonic() - self.started_at_s >= self.config.checkpoint_every_s:
+            self._save()  # so that what comes after the fit can be killed too, and the fit is not repeated
         self.module.load_state_dict(self.best)
         self.module.eval().to("cpu")
         assert self.best_loss is not None  # at least one epoch was judged
@@ -165,11 +166,11 @@ class _Loop:
         order = torch.from_numpy(np.random.default_rng([config.seed, self.epoch]).permutation(len(self.train.x)))
         self.module.train()
         total = torch.zeros((), device=self.device)
-        n_summed = 0
+        first = self.batch
         for batch in range(self.batch, self.n_batches):
             rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             x, y = self.train.x[rows].to(self.device), self.train.y[rows].to(self.device)
-            torch.manual_seed(_batch_seed(config.seed, self.epoch, batch))
+            self._seed(batch)
             if config.shift_pixels:
                 x = shifted(x, config.shift_pixels)
             self._set_learning_rate(self.epoch * self.n_batches + batch)
@@ -180,13 +181,19 @@ class _Loop:
             nn.utils.clip_grad_norm_(self.module.parameters(), config.clip_norm)
             self.optimizer.step()
             total += loss.detach()
-            n_summed += 1
             self.batch = batch + 1
             now_s = time.monotonic()
             if now_s - self.shown_at_s >= PROGRESS_EVERY_S or self.batch == self.n_batches:
-                self._show(float(total) / n_summed, now_s, first_step)
+                self._show(float(total) / (self.batch - first), now_s, first_step)
             if now_s - self.saved_at_s >= config.checkpoint_every_s:
                 self._save()
+
+    def _seed(self, batch: int) -> None:
+        """Seed dropout and augmentation. Not by torch.manual_seed, which takes a millisecond where there is no GPU."""
+        seed = int(np.random.SeedSequence([self.config.seed, self.epoch, batch]).generate_state(1)[0])
+        torch.default_generator.manual_seed(seed)
+        if self.device == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _judge(self) -> None:
         """Close the epoch: keep the weights if the validation loss fell, stop when it has not for too long."""
@@ -221,10 +228,8 @@ class _Loop:
         """One cycle: up in a line, down in a cosine. Source: Smith & Topin, Super-Convergence (2018)."""
         n_steps = self.config.epochs * self.n_batches
         warm_up = max(1, int(WARM_UP_SHARE * n_steps))
-        if step < warm_up:
-            share = (step + 1) / warm_up
-        else:
-            share = 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, n_steps - warm_up)))
+        down = (step - warm_up) / max(1, n_steps - warm_up)
+        share = (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * down))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * share
 
@@ -315,10 +320,6 @@ def shifted(x: Tensor, most: int) -> Tensor:
 def _outputs(raw: Tensor, y: Tensor) -> Tensor:
     """Logits as they are; the single column of a regression as a vector."""
     return raw if y.dtype == torch.int64 else raw.reshape(len(y))
-
-
-def _batch_seed(seed: int, epoch: int, batch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, batch]).generate_state(1)[0])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Image folders: one sub-folder per class → decoded pixels of one size."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,8 @@ from numpy.typing import NDArray
 from modelyard.errors import ConfigError, DataError, MissingExtra
 from modelyard.training.column_names import require_known
 from modelyard.training.columns import SourceRows
-from modelyard.training.data_config import DataConfig
+from modelyard.training.data_config import DataConfig, Progress
 from modelyard.training.split import SplitConfig
-
-Progress = Callable[[str], None]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 

@@ -54,8 +54,11 @@ class ModelConfig(Frozen, frozen=True):
 class Pipeline(Protocol):
     """A trained model; `predict` may be called from one thread at a time."""
 
-    task: Task
-    classes: tuple[str | int, ...]
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def classes(self) -> tuple[str | int, ...]: ...
 
     def predict(self, inputs: Arrays) -> Answers:
         """Answer n rows: labels and scores (n, classes), or values (n,)."""
@@ -167,13 +170,16 @@ class FramePipeline:
 
         core = convert_frame_estimator(self.estimator, self.specs)
         axis = graph.constant(np.array([1], dtype=np.int64))
-        columns = {spec.name: graph.add("Unsqueeze", spec.name, axis) for spec in self.specs}
+        columns = {}
+        for theirs, spec in zip(core.graph.input, self.specs, strict=True):  # the converter renames a column "label"
+            column = spec.name if spec.datatype == "BYTES" else graph.add("Cast", spec.name, to=1)
+            columns[theirs.name] = graph.add("Unsqueeze", column, axis)
         return embed_estimator(graph, core, columns, self.classes)
 
 
 def raw_answers(estimator: Any, x: Any) -> NDArray[Any]:
     """Return scores (n, classes) of a classifier, values (n,) of a regressor."""
-    answers = estimator.predict_proba(x) if hasattr(estimator, "classes_") else estimator.predict(x).reshape(-1)
+    answers = estimator.predict_proba(x) if hasattr(estimator, "classes_") else np.reshape(estimator.predict(x), -1)
     return np.asarray(answers)
 
 
@@ -183,10 +189,12 @@ def embed_estimator(graph: GraphBuilder, core: Any, inputs: Mapping[str, str], c
 
 
 def to_frame(inputs: Arrays, specs: tuple[TensorSpec, ...]) -> "pandas.DataFrame":
-    """Return the columns as a DataFrame; a tensor of several numbers a row is refused by name."""
+    """Return the columns as a DataFrame, text as objects; a tensor of several numbers a row is refused by name."""
     import pandas as pd
 
     for spec in specs:
         if len(spec.shape) != 1:
             raise ConfigError(f"input {spec.name!r} has {list(spec.shape)}: an estimator takes columns; use a network")
-    return pd.DataFrame({spec.name: inputs[spec.name] for spec in specs})
+    columns = {spec.name: inputs[spec.name] for spec in specs}
+    # Objects by name: some versions of pandas would make another datatype of text, which not every estimator takes.
+    return pd.DataFrame({n: pd.Series(c, dtype=object) if c.dtype == object else c for n, c in columns.items()})

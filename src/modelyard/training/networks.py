@@ -88,4 +88,5 @@ class Rescaled(nn.Module):
         self.register_buffer("std", torch.where(std > 0, std, torch.ones_like(std)).to(torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(x) * self.std + self.mean
+        out: Tensor = self.module(x) * self.std + self.mean
+        return out

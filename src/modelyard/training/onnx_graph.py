@@ -23,29 +23,40 @@ _ONNX_TYPES = {
 
 
 class GraphBuilder:
-    """Accumulates nodes and constants; `build` returns the model. One owner, not thread-safe."""
+    """Accumulates nodes and constants; `build` returns the model. One owner, not thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        reserved: names of inputs, which no value of our own may bear.
+    """
+
+    def __init__(self, reserved: Iterable[str] = ()) -> None:
         try:
             import onnx
         except ImportError as exc:
             raise MissingExtra("onnx", "train", "building an ONNX graph") from exc
         self._onnx = onnx
+        self._reserved = frozenset(reserved)
         self._nodes: list[Any] = []
         self._constants: list[Any] = []
         self._opsets: dict[str, int] = {"": OPSET}
 
+    def unused(self, name: str) -> str:
+        """Return `name`, underscores behind it as long as an input is called so."""
+        while name in self._reserved:
+            name += "_"
+        return name
+
     def constant(self, value: NDArray[Any] | list[Any]) -> str:
         """Add a constant and return its name."""
         array = np.asarray(value)
-        name = f"constant_{len(self._constants)}"
+        name = self.unused(f"constant_{len(self._constants)}")
         tensor = self._onnx.numpy_helper.from_array(array.astype(object) if array.dtype.kind == "U" else array, name)
         self._constants.append(tensor)
         return name
 
     def add(self, operator: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: Any) -> str:
         """Add a node with one output and return that output's name."""
-        name = output or f"value_{len(self._nodes)}"
+        name = output or self.unused(f"value_{len(self._nodes)}")
         self._nodes.append(self._onnx.helper.make_node(operator, list(inputs), [name], domain=domain, **attributes))
         if domain == "ai.onnx.ml":
             self._opsets.setdefault(domain, ML_OPSET)
@@ -64,6 +75,8 @@ class GraphBuilder:
             ours_version = self._opsets.setdefault(domain, ML_OPSET if domain == "ai.onnx.ml" else opset.version)
             self._require_same_meaning(model, domain, opset.version, ours_version)
         prefix = f"part_{len(self._nodes)}/"
+        while any(name.startswith(prefix) for name in self._reserved):
+            prefix = f"_{prefix}"
         prefixed = self._onnx.compose.add_prefix(model, prefix).graph
         for theirs, ours in inputs.items():
             self.add("Identity", ours, output=prefix + theirs)
@@ -96,6 +109,8 @@ class GraphBuilder:
             self._constants,
         )
         opsets = [helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="modelyard")
+        model: onnx.ModelProto = helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="modelyard"
+        )
         self._onnx.checker.check_model(model)
         return model

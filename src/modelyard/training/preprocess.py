@@ -94,7 +94,7 @@ class MatrixTransform:
     std: NDArray[np.float32]
 
     def apply(self, inputs: Arrays) -> Matrix:
-        values = inputs[self.column].reshape(len(inputs[self.column]), -1)
+        values = inputs[self.column].reshape(-1, len(self.mean))
         return (np.where(np.isnan(values), self.mean, values) - self.mean) / self.std
 
     def add_to(self, graph: GraphBuilder) -> str:
@@ -179,5 +179,5 @@ def _moments(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.floa
     count = np.maximum(present.sum(axis=0), 1)
     mean = np.where(present, values, 0).sum(axis=0, dtype=np.float64) / count
     variance = (np.where(present, values - mean, 0) ** 2).sum(axis=0, dtype=np.float64) / count
-    std = np.sqrt(variance)
-    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+    std = np.sqrt(variance).astype(np.float32)  # rounded first: what is 0 in float32 must not be divided by
+    return mean.astype(np.float32), np.where(std > 0, std, np.float32(1))

@@ -1,6 +1,6 @@
 """Tables: CSV, Parquet and DataFrames → columns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +9,11 @@ from numpy.typing import NDArray
 from modelyard.errors import ConfigError, DataError, MissingExtra
 from modelyard.training.column_names import require_distinct, require_known
 from modelyard.training.columns import SourceRows, feature_column, import_pandas, split_column
-from modelyard.training.data_config import DataConfig
+from modelyard.training.data_config import DataConfig, Progress
 from modelyard.training.split import SplitConfig
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Progress = Callable[[str], None]
 
 _MISSING_TEXTS = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-NaN", "-nan", "NULL", "null", "None", "<NA>")
 """What a CSV file may write for a missing value, as pandas reads it."""

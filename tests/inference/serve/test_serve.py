@@ -39,6 +39,16 @@ def patient_request(n_steps: int, *headers: bytes) -> bytes:
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
+def idle_connection(server: Any) -> socket.socket:
+    """Return a connection the server knows, with nothing left to read."""
+    idle = socket.create_connection(server.address, timeout=60)
+    idle.sendall(LIVE)
+    answer = b""
+    while not answer.endswith(b'{"live":true}'):
+        answer += idle.recv(1000)
+    return idle
+
+
 def test_the_champion_is_served_else_the_latest(tmp_path: Path, publish: Any, small_models: Any, serve: Any) -> None:
     store = tmp_path / "store"
     for name in ("with-champion", "without"):
@@ -150,12 +160,9 @@ def test_sigterm_waits_for_a_request_that_is_still_arriving(store: Path, serve: 
         stream = client.makefile("rb")
         assert stream.readline() == b"HTTP/1.1 100 Continue\r\n"
         stream.readline()
-        server.terminate()
-        while True:  # until the port is closed
-            try:
-                socket.create_connection(server.address, timeout=60).close()
-            except ConnectionRefusedError:
-                break
+        with idle_connection(server) as idle:
+            server.terminate()
+            assert idle.recv(1) == b""  # closed: the drain has begun
         client.sendall(body)
         assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
         assert b"\r\nConnection: close\r\n" in stream.read()
@@ -163,10 +170,9 @@ def test_sigterm_waits_for_a_request_that_is_still_arriving(store: Path, serve: 
 
 
 def test_sigterm_closes_idle_connections_and_ends_with_0(store: Path, serve: Any) -> None:
-    with serve(store, "--model", "tabular") as server, socket.create_connection(server.address, timeout=60) as idle:
-        idle.sendall(LIVE)
-        assert idle.recv(5) == b"HTTP/"
+    with serve(store, "--model", "tabular") as server, idle_connection(server) as idle:
         server.terminate()
+        assert idle.recv(1) == b""
         assert server.process.wait(timeout=60) == 0
 
 
@@ -189,12 +195,9 @@ def test_a_second_signal_ends_the_drain(store: Path, serve: Any) -> None:
     ):
         client.sendall(LIVE + patient_request(10**9))
         assert client.recv(5) == b"HTTP/"
-        server.terminate()
-        while True:  # until the first signal has been heard
-            try:
-                socket.create_connection(server.address, timeout=60).close()
-            except ConnectionRefusedError:
-                break
+        with idle_connection(server) as idle:
+            server.terminate()
+            assert idle.recv(1) == b""  # closed: the first signal has been heard
         server.terminate()
         assert server.process.wait(timeout=60) == 1
 

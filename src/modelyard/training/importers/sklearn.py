@@ -19,20 +19,25 @@ def convert_estimator(estimator: Any, n_features: int) -> "onnx.ModelProto":
 
 
 def convert_frame_estimator(estimator: Any, specs: tuple[TensorSpec, ...]) -> "onnx.ModelProto":
-    """Return an estimator over a DataFrame's columns as an ONNX model with one input (n, 1) per column."""
+    """Return an estimator over a DataFrame's columns as an ONNX model with one input (n, 1) per column, in their order.
+
+    Text enters as strings, every number as a float: steps that stack columns of several datatypes would be converted wrongly.
+    """
     try:
         from skl2onnx.common import data_types
     except ImportError as exc:
         raise MissingExtra("skl2onnx", "train", "converting an estimator") from exc
 
-    kinds = {
-        "FP32": data_types.FloatTensorType,
-        "FP64": data_types.DoubleTensorType,
-        "INT64": data_types.Int64TensorType,
-        "BYTES": data_types.StringTensorType,
-        "BOOL": data_types.BooleanTensorType,
-    }
-    return _convert(estimator, [(spec.name, kinds[spec.datatype]([None, 1])) for spec in specs])
+    if not hasattr(estimator, "steps"):
+        from sklearn.pipeline import Pipeline
+
+        estimator = Pipeline([("estimator", estimator)])  # stacks the columns for an estimator that takes one matrix
+
+    def column(spec: TensorSpec) -> Any:
+        kind = data_types.StringTensorType if spec.datatype == "BYTES" else data_types.FloatTensorType
+        return kind([None, 1])
+
+    return _convert(estimator, [(spec.name, column(spec)) for spec in specs])
 
 
 def _convert(estimator: Any, inputs: list[tuple[str, Any]]) -> "onnx.ModelProto":

@@ -55,10 +55,10 @@ def export_module(module: "torch.nn.Module", example: NDArray[Any]) -> "onnx.Mod
 
 def _plain(model: "onnx.ModelProto") -> "onnx.ModelProto":
     """Inline local functions and forget names of source lines, which tell where the model was built."""
-    import onnx
+    from onnx import inliner
 
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     for node in model.graph.node:
         del node.metadata_props[:]
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
