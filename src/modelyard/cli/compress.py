@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelyard.cli.progress import Progress
-from modelyard.cli.train import checked_data, fresh_path, published
+from modelyard.cli.train import checked_data, fresh_path, published, work_folder
 from modelyard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def compressed(
 
     split = dataset.split
     settings = structs.replace(yard.compress, techniques=techniques) if techniques else yard.compress
-    work = root / yard.work
+    work = work_folder(yard, root)
     return search(
         parent,
         output or fresh_path(work / "bundles", "compressed"),

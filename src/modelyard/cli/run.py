@@ -16,14 +16,16 @@ import click
 
 from modelyard.cli.compress import compressed
 from modelyard.cli.progress import Progress, duration
-from modelyard.cli.train import checked_data, published, store_url, trained, write_beside
+from modelyard.cli.train import checked_data, published, store_url, trained, work_folder, write_beside
 from modelyard.errors import ModelyardError, SkewDetected
 
 if TYPE_CHECKING:
     from modelyard.bundle.format import Bundle
     from modelyard.bundle.profile import Latency
+    from modelyard.compress.search import Compression
     from modelyard.prices import Device
     from modelyard.training.data import Dataset
+    from modelyard.training.train import Trained
 
 ROWS_PER_REQUEST = 100
 SINGLE_REQUESTS = 500
@@ -109,7 +111,7 @@ def run(config: Path, fresh: bool, prices: Path | None, as_json: bool) -> None:
         progress.step("serve, ask the held-out rows over HTTP")
         with _server(store_url(yard, root), yard.name) as url:
             served = _ask(url, yard.name, champion.bundle, dataset, progress)
-    result = {
+    result: dict[str, Any] = {
         "name": yard.name,
         "variants": [_variant_json(variant, catalogue["cpu-core"]) for variant in variants],
         "comparisons": [comparison.to_json() for comparison in model.comparisons],
@@ -123,13 +125,14 @@ def run(config: Path, fresh: bool, prices: Path | None, as_json: bool) -> None:
             "rows_per_s": served.rows_per_s,
         },
         "store": store_url(yard, root),
-        "work": str(root / yard.work),
+        "work": str(work_folder(yard, root)),
     }
-    write_beside(root / yard.work / "reports" / "run.json", json.dumps(result, indent=2) + "\n")
+    write_beside(work_folder(yard, root) / "reports" / "run.json", json.dumps(result, indent=2) + "\n")
     if as_json:
         click.echo(json.dumps(result))
         return
-    for line in (*_table(variants, catalogue["cpu-core"]), "", *_story(result, served, champion)):
+    story = _story(yard.name, model, compression, served, champion, result["store"], work_folder(yard, root))
+    for line in (*_table(variants, catalogue["cpu-core"]), "", *story):
         click.echo(line)
 
 
@@ -282,20 +285,33 @@ def _score(variant: Variant) -> str:
     return f"{score.value:.4f} ({score.low:.4f} to {score.high:.4f})"
 
 
-def _story(result: dict[str, Any], served: Served, champion: Variant) -> Iterator[str]:
-    name, store = result["name"], result["store"]
-    for comparison in result["comparisons"]:
-        yield f"the model {comparison['text']}"
-    for candidate in result["compression"]["candidates"]:
-        yield f"{candidate['technique']}: {candidate['reason']}"
+def _story(
+    name: str, model: "Trained", compression: "Compression", served: Served, champion: Variant, store: str, work: Path
+) -> Iterator[str]:
+    """What a person needs to know before acting on the table, and where to go from here."""
+    for comparison in model.comparisons:
+        yield f"the model {comparison.text()}"
+    linear = model.comparisons[-1]
+    if not linear.beats and champion.bundle.manifest.lineage.made_by != "train: linear":
+        yield '  a linear model costs less to train and to serve: try [model] kind = "linear", or more data'
+    yield model.proof.text()
+    for candidate in compression.candidates:
+        yield from candidate.lines()
     yield (
-        f"served version {champion.version} ({champion.role}, champion): {served.n_rows:,} held-out rows over HTTP, all as the bundle "
-        f"answers; one row a request p50 {served.p50_s * 1e3:.2f} ms, p99 {served.p99_s * 1e3:.2f} ms; {served.rows_per_s:,.0f} rows/s "
-        f"in requests of {ROWS_PER_REQUEST}"
+        f"served: {name} version {champion.version} ({champion.role}, tagged champion) answered {served.n_rows:,} held-out rows over "
+        "HTTP as the bundle does"
     )
-    yield "money is compute alone, at the catalogue's price of one core; energy and prices: modelyard bundle show"
+    yield (
+        f"  one row a request: p50 {served.p50_s * 1e3:.2f} ms, p99 {served.p99_s * 1e3:.2f} ms; requests of {ROWS_PER_REQUEST}: "
+        f"{served.rows_per_s:,.0f} rows/s, one after the other"
+    )
+    target_s = champion.bundle.manifest.targets.latency_p99_s
+    if target_s is not None:
+        met = "met" if served.p99_s <= target_s else "MISSED: try a smaller model, or a larger target"
+        yield f"  target of {target_s * 1e3:g} ms at p99: {met}"
     yield ""
+    yield "money is compute alone: CPU seconds at the catalogue's price of one core"
     yield f"store      {store}/{name}"
-    yield f"reports    {result['work']}/reports (data.txt, data.json, run.json)"
+    yield f"reports    {work}/reports: data.txt, data.json, run.json"
     yield f"look       modelyard bundle show {store}/{name}/{champion.version}"
     yield f"serve      modelyard serve {store}"

@@ -70,7 +70,7 @@ def checked_data(yard: "Yard", root: Path, progress: Progress) -> "tuple[Dataset
 
     progress.step("read and check the data")
     dataset, report = load_dataset(yard.data, yard.split, root=root, progress=progress.detail)
-    reports = root / yard.work / "reports"
+    reports = work_folder(yard, root) / "reports"
     reports.mkdir(parents=True, exist_ok=True)
     write_beside(reports / "data.txt", report.text() + "\n")
     write_beside(reports / "data.json", json.dumps(report.to_json(), indent=2) + "\n")
@@ -104,7 +104,7 @@ def trained(
     from modelyard.training.train import Watch
     from modelyard.training.train import train as train_model
 
-    work = root / yard.work
+    work = work_folder(yard, root)
     checkpoint = work / "checkpoints" / f"{yard.name}.safetensors"
     if fresh:
         checkpoint.unlink(missing_ok=True)
@@ -145,7 +145,12 @@ def published(yard: "Yard", root: Path, bundle: Path, progress: Progress) -> int
 
 def store_url(yard: "Yard", root: Path) -> str:
     """Return the store as an absolute path, or as the URL it is."""
-    return yard.store if "://" in yard.store else str(root / yard.store)
+    return yard.store if "://" in yard.store else str((root / yard.store).resolve())
+
+
+def work_folder(yard: "Yard", root: Path) -> Path:
+    """Return the folder for reports, checkpoints and bundles on their way."""
+    return (root / yard.work).resolve()
 
 
 def fresh_path(folder: Path, stem: str) -> Path:

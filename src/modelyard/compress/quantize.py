@@ -53,7 +53,7 @@ def quantize(bundle: Bundle, technique: Technique, calibration: Arrays) -> bytes
             raise CompressionError(
                 f"{technique} failed: {(str(exc).strip() or type(exc).__name__).splitlines()[0]}"
             ) from exc
-        return target.read_bytes()
+        return _without_unused_domains(target)
 
 
 def _require_applicable(bundle: Bundle) -> None:
@@ -66,12 +66,26 @@ def _require_applicable(bundle: Bundle) -> None:
 
 
 def _prepare(bundle: Bundle, target: Path) -> None:
-    """Infer shapes and fold what the quantizer would trip over."""
+    """Infer the shapes the quantizer needs; fold batch norms that an exporter left beside their convolutions."""
     try:
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as exc:
         raise MissingExtra("onnx", "compress", "quantizing") from exc
-    quant_pre_process(bundle.model_path, str(target), skip_symbolic_shape=True)
+    folded = "ai.onnx:BatchNormalization" not in bundle.graph.operators
+    quant_pre_process(bundle.model_path, str(target), skip_symbolic_shape=True, skip_optimization=folded)
+
+
+def _without_unused_domains(model: Path) -> bytes:
+    """Return the model without the operator sets that onnxruntime's tools list but no node uses."""
+    import onnx
+
+    graph = onnx.load(model)
+    used = {node.domain or "" for node in graph.graph.node}
+    kept = [opset for opset in graph.opset_import if opset.domain in used | {"", "ai.onnx"}]
+    del graph.opset_import[:]
+    graph.opset_import.extend(kept)
+    content: bytes = graph.SerializeToString()
+    return content
 
 
 def _static(model: Path, target: Path, calibration: Arrays) -> None:

@@ -64,6 +64,12 @@ class Candidate:
     reason: str
     """In one sentence."""
 
+    def lines(self) -> list[str]:
+        """Return the outcome, and under it a line per reason."""
+        if self.verdict is None:
+            return [f"{self.technique} {self.reason}"]
+        return [f"{self.technique} {self.verdict.outcome}", *(f"  - {reason}" for reason in self.verdict.reasons)]
+
 
 @dataclass(frozen=True)
 class Compression:
@@ -75,7 +81,7 @@ class Compression:
     spent: Metered
 
     def text(self) -> str:
-        lines = [f"{candidate.technique}: {candidate.reason}" for candidate in self.candidates]
+        lines = [line for candidate in self.candidates for line in candidate.lines()]
         ending = "no variant was accepted: the parent is kept" if self.child is None else f"accepted: {self.child.path}"
         return "\n".join([*lines, ending])
 

@@ -25,6 +25,8 @@ MAX_FLOAT_CLASSES = 20
 
 @dataclass(frozen=True)
 class SourceRows:
+    """What a kind of source was read into: converted inputs, the label as it stands there."""
+
     inputs: dict[str, NDArray[Any]]
     label: Any
     """As read: a pandas Series or an array."""

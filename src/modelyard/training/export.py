@@ -208,7 +208,8 @@ def _scores_tie(
         np.take_along_axis(by_row, class_codes(answers[label.name][rows], classes)[:, np.newaxis], axis=1)[:, 0]
         for answers in (wanted, got)
     )
-    return np.isclose(ours, theirs, rtol=SKEW_RTOL, atol=SKEW_ATOL)
+    same: NDArray[np.bool_] = np.isclose(ours, theirs, rtol=SKEW_RTOL, atol=SKEW_ATOL)
+    return same
 
 
 def _largest_difference(wanted: NDArray[Any], got: NDArray[Any]) -> float:

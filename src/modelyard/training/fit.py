@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modelyard.errors import MissingExtra, TrainingError
+from modelyard.errors import TrainingError
 from modelyard.metering import Meter, Metered
 from modelyard.schema import Frozen, convert, to_builtins
 from modelyard.training.fit_config import FitConfig
@@ -67,6 +69,17 @@ class FitResult:
     device: str
 
 
+class SquaredError(nn.Module):
+    """Mean squared error in units of the training values' variance, so that gradients do not depend on the label's unit."""
+
+    def __init__(self, train: Tensor) -> None:  # (n,) values
+        super().__init__()
+        self.variance = float(train.var(correction=0)) or 1.0
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:  # (n,), (n,) → scalar
+        return nn.functional.mse_loss(out, y) / self.variance
+
+
 class _State(Frozen, frozen=True):
     """The part of a checkpoint that is not tensors."""
 
@@ -95,11 +108,12 @@ def fit(
     """Train `module` in place and leave the weights with the lowest validation loss in it.
 
     Args:
-        checkpoint: written every `checkpoint_every_s`, and at the end of a run that took longer; a file with the same `run_key` is taken up.
+        checkpoint: written every `checkpoint_every_s`, and at the end of a run that took longer; a file with the same `run_key`
+            is taken up.
         run_key: digest of everything that decides the result: data, split, configuration, versions.
 
     Raises:
-        TrainingError: the loss is not a number, or the checkpoint is damaged.
+        TrainingError: the loss is not a number, or the checkpoint is damaged or of another module.
     """
     with _threads(config.n_threads):
         return _Loop(module, train, validation, config, meter, checkpoint, run_key, progress).run()
@@ -125,11 +139,13 @@ class _Loop:
         self.train, self.validation = train, validation
         self.config, self.meter = config, meter
         self.checkpoint, self.run_key, self.progress = checkpoint, run_key, progress
-        self.loss = nn.CrossEntropyLoss() if train.y.dtype == torch.int64 else nn.MSELoss()
+        self.loss = nn.CrossEntropyLoss() if train.y.dtype == torch.int64 else SquaredError(train.y)
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.n_batches = math.ceil(len(train.x) / config.batch_size)
+        if len(train.x) % config.batch_size == 1 and self.n_batches > 1:
+            self.n_batches -= 1  # batch norm has no deviation of one row: the last batch takes it
         self.epoch = self.batch = self.since_best = 0
         self.best_loss: float | None = None
         self.best_score: float | None = None
@@ -168,7 +184,8 @@ class _Loop:
         total = torch.zeros((), device=self.device)
         first = self.batch
         for batch in range(self.batch, self.n_batches):
-            rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
+            is_last = batch == self.n_batches - 1
+            rows = order[batch * config.batch_size : None if is_last else (batch + 1) * config.batch_size]
             x, y = self.train.x[rows].to(self.device), self.train.y[rows].to(self.device)
             self._seed(batch)
             if config.shift_pixels:
@@ -295,10 +312,16 @@ class _Loop:
                 optimizer.setdefault(int(index), {})[moment] = tensor
             else:
                 (model if kind == "model" else best)[name] = tensor
-        self.module.load_state_dict(model)
-        self.best = best
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+        try:
+            self.module.load_state_dict(best)  # tried here rather than when the run is over
+            self.module.load_state_dict(model)
+            self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+        except (RuntimeError, ValueError) as exc:  # torch's words for missing tensors and other shapes
+            raise TrainingError(
+                f"{self.checkpoint}: its tensors are not those of this module; remove it to start anew"
+            ) from exc
+        self.best = best
         self.epoch, self.batch = state.epoch, state.batch
         self.best_loss, self.best_score, self.since_best = state.best_loss, state.best_score, state.epochs_since_best
         self.before, self.finished = state.spent, state.finished
@@ -335,10 +358,6 @@ def _threads(n_threads: int) -> Iterator[None]:
 
 
 def _write_checkpoint(path: Path, tensors: dict[str, Tensor], state: _State) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError as exc:
-        raise MissingExtra("safetensors", "torch", "writing a checkpoint") from exc
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
@@ -347,8 +366,6 @@ def _write_checkpoint(path: Path, tensors: dict[str, Tensor], state: _State) -> 
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], _State]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata: dict[str, str] = file.metadata() or {}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from modelyard.bundle.format import Bundle
 from modelyard.bundle.manifest import Lineage, Targets
-from modelyard.errors import MissingExtra, TrainingError
+from modelyard.errors import ConfigError, MissingExtra, TrainingError
 from modelyard.metering import Meter, Metered
 from modelyard.metrics import Answers, default_metric
 from modelyard.prices import Device
@@ -198,9 +198,10 @@ Built = tuple[Pipeline, "FitResult | None"]
 def _network(job: _Job) -> Built:
     """Fit a built-in network, or the user's torch module."""
     try:
+        import safetensors  # noqa: F401  # fit.py's checkpoints
         import torch
     except ImportError as exc:
-        raise MissingExtra("torch", "torch", f'model.kind = "{job.model.kind}"') from exc
+        raise MissingExtra(exc.name or "torch", "torch", f'model.kind = "{job.model.kind}"') from exc
     from modelyard.training.fit import Rows, fit
     from modelyard.training.networks import Rescaled
 
@@ -211,9 +212,14 @@ def _network(job: _Job) -> Built:
         x = dataset.inputs[image.name][indices] if image else job.matrix(indices)
         return Rows(torch.from_numpy(x), torch.from_numpy(job.targets_of(indices)))
 
+    if job.fit.shift_pixels and not image:
+        raise ConfigError(
+            f"fit.shift_pixels moves images, got {job.fit.shift_pixels} for {len(dataset.specs)} columns; remove it"
+        )
     train, validation = rows(split.train), rows(split.validation)
-    torch.manual_seed(job.fit.seed)
-    module = _module(job, train.x, is_image=image is not None)
+    with torch.random.fork_rng():
+        torch.manual_seed(job.fit.seed)
+        module = _module(job, train.x, is_image=image is not None)
     if not dataset.classes:
         module = Rescaled(module, train.y.mean(), train.y.std())
     result = fit(
@@ -223,7 +229,7 @@ def _network(job: _Job) -> Built:
         job.fit,
         meter=job.meter,
         checkpoint=job.checkpoint,
-        run_key=_run_key(job, torch.__version__),
+        run_key=_run_key(job, module, torch.__version__),
         progress=job.watch.fit,
     )
     pipeline = NetworkPipeline(
@@ -326,6 +332,11 @@ def _sklearn(job: _Job) -> Built:
             f"model.callable {job.model.callable!r} must return an estimator with fit(), got {type(estimator).__name__}"
         )
     estimator.fit(to_frame(dataset.take(rows), dataset.specs), job.targets_of(rows))
+    if dataset.classes and not hasattr(estimator, "predict_proba"):
+        raise TrainingError(
+            f"model.callable {job.model.callable!r}: {type(estimator).__name__} has no predict_proba(), and classes need scores; wrap "
+            "it in sklearn.calibration.CalibratedClassifierCV"
+        )
     return FramePipeline(estimator, dataset.specs, dataset.task, dataset.classes), None
 
 
@@ -358,12 +369,13 @@ def _usual_metrics(dataset: Dataset) -> tuple[str, ...]:
     return ("accuracy", "auc", "log_loss") if len(dataset.classes) == 2 else ("accuracy", "log_loss")
 
 
-def _run_key(job: _Job, torch_version: str) -> str:
+def _run_key(job: _Job, module: "torch.nn.Module", torch_version: str) -> str:
     """Digest of everything that decides the weights."""
     decides = {
         "data": job.dataset.lineage.digest,
         "split": job.dataset.split.digest,
         "model": to_builtins(job.model),
+        "module": str(module),  # what a callable returns may change without the configuration
         "fit": {key: value for key, value in to_builtins(job.fit).items() if key != "checkpoint_every_s"},
         "torch": torch_version,
     }
