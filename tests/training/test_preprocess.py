@@ -23,7 +23,7 @@ NAMES = st.one_of(st.sampled_from(["value_0", "value_1", "constant_0", "features
 
 
 def _objects(values: list[str]) -> NDArray[Any]:
-    return np.array([*values, None], dtype=object)[:-1]
+    return np.array(values, dtype=object)
 
 
 def _graph_of(preprocessor: Preprocessor, specs: tuple[TensorSpec, ...], n_features: int) -> ort.InferenceSession:
@@ -73,9 +73,7 @@ def tables(draw: st.DrawFn) -> tuple[tuple[TensorSpec, ...], Table, Table]:
         text = datatype == "BYTES"
         nullable = bool((train[name] == "").any() if text else datatype == "FP32" and np.isnan(train[name]).any())
         categories = tuple(sorted(set(train[name].tolist()) - {""})) if text else None
-        specs.append(
-            TensorSpec(name=name, datatype=datatype, shape=(BATCH,), nullable=nullable, categories=categories)
-        )
+        specs.append(TensorSpec(name=name, datatype=datatype, shape=(BATCH,), nullable=nullable, categories=categories))
     return tuple(specs), train, rows
 
 

@@ -55,9 +55,9 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; our own errors end it with one line and their exit code, 130 on Ctrl-C."""
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as exc:
-        sys.exit(exc.exit_code)
+        code = cli(standalone_mode=False)  # click returns the code of an Exit here rather than raising it
+        if isinstance(code, int):
+            sys.exit(code)
     except click.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)
