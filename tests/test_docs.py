@@ -1,5 +1,6 @@
 """The documents say what the code does: commands, options, keys, examples, links."""
 
+import ast
 import doctest
 import inspect
 import json
@@ -25,6 +26,7 @@ from modelyard.cli.config import Yard, load_yard
 from modelyard.cli.main import cli
 from modelyard.prices import load_prices
 from modelyard.schema import to_builtins
+from modelyard.training import checks
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -32,6 +34,7 @@ FIXTURE = ROOT / "tests" / "fixtures" / "bundle-v1"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 SERVER = "localhost:8000"
 """Where examples expect a server with the fixture as model "late"."""
+OPTIONAL = ("lightgbm", "pandas", "sklearn", "torch", "tritonclient")
 
 
 def _name(page: Path) -> str:
@@ -49,7 +52,9 @@ class Block:
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
-    found, language, start, lines = [], None, 0, []
+    found: list[Block] = []
+    lines: list[str] = []
+    language, start = None, 0
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if language is None and line.startswith("```"):
             language, start, lines = line[3:].strip(), number + 1, []
@@ -228,7 +233,7 @@ def default_text(field: structs.FieldInfo) -> str:
     """The default as TOML, "required", or "–" for none."""
     if field.required:
         return "required"
-    value = field.default if field.default_factory is structs.NODEFAULT else field.default_factory()
+    value = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
     value = to_builtins(value)
     return "–" if value is None else json.dumps(list(value) if isinstance(value, tuple) else value)
 
@@ -294,6 +299,9 @@ def test_python_examples_run(
 ) -> None:
     """The blocks of a page one after the other, in a folder with the fixture as ./bundle; pycon blocks show what they give."""
     found = blocks(page, "python", "pycon")
+    for package in OPTIONAL:
+        if any(re.search(rf"\b(import|from) {package}\b", block.text) for block in found):
+            pytest.importorskip(package)
     address = request.getfixturevalue("server") if any(SERVER in block.text for block in found) else SERVER
     shutil.copytree(FIXTURE, tmp_path / "bundle")
     monkeypatch.chdir(tmp_path)
@@ -313,12 +321,16 @@ def test_python_examples_run(
 
 def curls() -> list[Any]:
     """curl commands over one line or several, in the order of the page."""
-    found = []
-    for block in blocks(DOCS / "reference" / "http.md", "sh"):
-        for text in re.split(r"\n(?=curl )", block.text):
-            if text.startswith("curl "):
-                found.append(pytest.param(shlex.split(text, comments=True)[1:], id=f"{block.line}"))
-    return found
+    parts = [
+        (block.line, text)
+        for block in blocks(DOCS / "reference" / "http.md", "sh")
+        for text in re.split(r"\n(?=curl )", block.text)
+    ]
+    return [
+        pytest.param(shlex.split(text, comments=True)[1:], id=f"{line} {i}")
+        for i, (line, text) in enumerate(parts)
+        if text.startswith("curl ")
+    ]
 
 
 @pytest.mark.parametrize("words", curls())
@@ -340,7 +352,20 @@ def test_curl_examples_of_the_reference_are_answered(words: list[str], server: s
         json.loads(answer.read())
 
 
-# Links, errors, schema
+# Findings, links, errors
+
+
+def test_the_how_to_explains_every_finding_of_the_data_report() -> None:
+    tree = ast.parse(inspect.getsource(checks))
+    codes = {
+        constant.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Finding"
+        for constant in ast.walk(call.args[1])
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+    }
+    page = (DOCS / "how-to" / "bring-your-data.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z-]+)`", page, re.MULTILINE)) == codes
 
 
 def slug(heading: str) -> str:
@@ -392,4 +417,3 @@ def test_the_error_tree_in_the_docstring_is_the_one_in_the_code() -> None:
             parent, *others = found.__bases__
             written[found.__name__] = (parent.__name__, others[0].__name__ if others else None)
     assert drawn == written
-
