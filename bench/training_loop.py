@@ -60,7 +60,8 @@ def main() -> int:
     met = True
     for make in (table, image):
         torch.manual_seed(0)
-        ours_s, plain_s = [], []
+        ours_s: list[float] = []
+        plain_s: list[float] = []
         for pair in range(N_PAIRS + 1):
             module, train, validation = make()
             start = {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,9 @@ def test_a_version_that_was_deleted_is_missed_by_its_tag(tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "store" / "late" / "1")
     with pytest.raises(NotInStore, match="no version 1; there are versions 2"):
         store.resolve("late")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/store", "zip:///nowhere/store.zip", "nosuch://store"])
+def test_a_store_that_cannot_be_reached_is_a_store_error_naming_its_url(url: str) -> None:
+    with pytest.raises(StoreError, match=re.escape(url)):
+        open_store(url).names()

@@ -1,13 +1,18 @@
 """int8: smaller weights, answers close to the parent's, and a clear word where it does not apply."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from parents import Parent
 
+from modelyard.bundle.cases import CaseSet
 from modelyard.bundle.format import BundleContent, content_of, write_bundle
+from modelyard.bundle.graph import read_graph
+from modelyard.bundle.reference import summarise
 from modelyard.compress.quantize import TECHNIQUES, Technique, quantize
 from modelyard.compress.search import apply
 from modelyard.errors import CompressionError
@@ -94,13 +99,7 @@ def test_batch_norms_beside_their_convolutions_are_folded_before_quantizing(tmp_
     assert "BatchNormalization" not in {node.op_type for node in int8.graph.node}
 
 
-def _content(path: Path, rows: dict[str, np.ndarray], parent: Parent) -> BundleContent:  # type: ignore[type-arg]  # any dtype
-    from dataclasses import replace
-
-    from modelyard.bundle.cases import CaseSet
-    from modelyard.bundle.graph import read_graph
-    from modelyard.bundle.reference import summarise
-
+def _content(path: Path, rows: dict[str, NDArray[np.float32]], parent: Parent) -> BundleContent:
     signature = read_graph(path).signature
     outputs = OnnxRuntimeEngine(path).run(rows)
     return replace(

@@ -17,7 +17,7 @@ from modelyard.training.preprocess import Preprocessor, fit_preprocessor
 
 Table = dict[str, NDArray[Any]]
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 FLOATS = st.floats(width=32, allow_infinity=False, allow_nan=True)
 NAMES = st.one_of(st.sampled_from(["value_0", "value_1", "constant_0", "features", "part_0/x"]), TEXTS.filter(bool))
 

@@ -74,11 +74,12 @@ def choose_cases(inputs: Arrays, outputs: Arrays, signature: Signature, *, margi
     for spec in signature.inputs:
         if spec.nullable:
             column = inputs[spec.name][order]
-            missing = order[column == "" if column.dtype == object else np.isnan(column)]
-            chosen |= dict.fromkeys(missing[:1].tolist())
+            missing = column == "" if column.dtype == object else np.isnan(column)
+            rows = order[missing.reshape(len(order), -1).any(axis=1)]
+            chosen |= dict.fromkeys(rows[:1].tolist())
     chosen |= dict.fromkeys(order[:N_CASES].tolist())
-    rows = np.array(list(chosen)[:N_CASES])
+    kept = np.array(list(chosen)[:N_CASES])
     return CaseSet(
-        inputs={spec.name: inputs[spec.name][rows] for spec in signature.inputs},
-        outputs={spec.name: outputs[spec.name][rows] for spec in signature.outputs},
+        inputs={spec.name: inputs[spec.name][kept] for spec in signature.inputs},
+        outputs={spec.name: outputs[spec.name][kept] for spec in signature.outputs},
     )

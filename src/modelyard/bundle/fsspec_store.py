@@ -21,14 +21,22 @@ import errno
 import secrets
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from modelyard.bundle.format import MANIFEST, PROFILE, read_manifest, verify_files
 from modelyard.bundle.limits import DEFAULT_LIMITS, Limits
 from modelyard.bundle.store import RecordedStore, checked_name, create_exclusively, files_of
-from modelyard.errors import BundleError, MissingExtra, MissingFile, ReadOnlyStore, StoreError, TruncatedFile
+from modelyard.errors import (
+    BundleError,
+    MissingExtra,
+    MissingFile,
+    ModelyardError,
+    ReadOnlyStore,
+    StoreError,
+    TruncatedFile,
+)
 
 CLAIM = ".claim"
 PROBE = ".exclusive"
@@ -50,12 +58,16 @@ class FsspecStore(RecordedStore):
         scheme = url.partition("://")[0]
         try:
             import fsspec
-
+        except ImportError as exc:
+            raise MissingExtra("fsspec", "fsspec", f"the store {url}") from exc
+        try:
             self._fs, root = fsspec.core.url_to_fs(url, **({"auto_mkdir": True} if scheme in _LOCAL else {}))
         except ImportError as exc:
-            raise MissingExtra(f"fsspec with the backend for {scheme}://", "fsspec", f"the store {url}") from exc
+            raise StoreError(f"{url}: the package of this backend is missing: {exc}") from exc
         except ValueError as exc:
             raise StoreError(f"{url}: {exc}; use a path, or a URL that fsspec knows") from exc
+        except Exception as exc:
+            raise _unreachable(url, exc) from exc
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
         protocol = self._fs.protocol
@@ -68,7 +80,7 @@ class FsspecStore(RecordedStore):
         name, bundle = self._verified(bundle_path, name, allow_domains)
         version = self._claim(name)
         for file in files_of(bundle)[:-1]:
-            with self._exclusively_in_memory():
+            with self._talking():
                 self._fs.put_file(str(bundle.path / file), self._path(name, str(version), file))
         self._create((bundle.path / MANIFEST).read_bytes(), name, str(version), MANIFEST)
         return version
@@ -121,7 +133,7 @@ class FsspecStore(RecordedStore):
     def _download(self, source: str, target: Path, max_bytes: int) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._exclusively_in_memory(), self._fs.open(source, "rb") as remote, target.open("wb") as local:
+            with self._talking(), self._fs.open(source, "rb") as remote, target.open("wb") as local:
                 n_bytes = _copy(remote, local, max_bytes)
         except FileNotFoundError as exc:
             raise MissingFile(f"{source}: named in its manifest but missing in {self.url}; publish it again") from exc
@@ -129,7 +141,7 @@ class FsspecStore(RecordedStore):
             raise TruncatedFile(f"{source}: longer than the {max_bytes} bytes it may have; publish the bundle again")
 
     def _list(self, *parts: str) -> tuple[str, ...]:
-        with self._exclusively_in_memory():
+        with self._talking():
             self._fs.invalidate_cache()  # others publish too
             try:
                 entries = self._fs.ls(self._path(*parts), detail=False)
@@ -138,12 +150,12 @@ class FsspecStore(RecordedStore):
         return tuple(name for entry in entries if (name := entry.rstrip("/").rpartition("/")[2]))
 
     def _read(self, *parts: str) -> bytes:
-        with self._exclusively_in_memory():
+        with self._talking():
             raw: bytes = self._fs.cat_file(self._path(*parts))
         return raw
 
     def _has(self, *parts: str) -> bool:
-        with self._exclusively_in_memory():
+        with self._talking():
             self._fs.invalidate_cache()
             return bool(self._fs.isfile(self._path(*parts)))
 
@@ -172,15 +184,30 @@ class FsspecStore(RecordedStore):
         if self._protocols & _LOCAL:
             create_exclusively(Path(path), data)
         else:
-            with self._exclusively_in_memory():
+            with self._talking():
                 self._fs.pipe_file(path, data, mode="create")
 
     def _path(self, *parts: str) -> str:
         return "/".join((self._root, *parts))
 
-    def _exclusively_in_memory(self) -> contextlib.AbstractContextManager[Any]:
-        """One lock for fsspec's memory backend, which is plain dictionaries; nothing for backends that are safe themselves."""
-        return _MEMORY_LOCK if "memory" in self._protocols else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Around every call of the backend: its own kinds of errors become StoreError, what a file system says stays.
+
+        fsspec's memory backend is plain dictionaries, so its callers take turns.
+        """
+        with _MEMORY_LOCK if "memory" in self._protocols else contextlib.nullcontext():
+            try:
+                yield
+            except (FileExistsError, FileNotFoundError, NotADirectoryError, ModelyardError):
+                raise
+            except Exception as exc:  # every backend brings exceptions of its own
+                raise _unreachable(self.url, exc) from exc
+
+
+def _unreachable(url: str, exc: Exception) -> StoreError:
+    why = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    return StoreError(f"{url}: the store cannot be used: {why}; check the URL, the network and your credentials")
 
 
 def _copy(source: IO[bytes], target: IO[bytes], max_bytes: int) -> int:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 OPSET = 18
 ML_OPSET = 3
 IR_VERSION = 9
+_ONLY_EXTENDED = ("TreeEnsembleClassifier", "TreeEnsembleRegressor")
+"""Version 3 takes doubles too, and reads what version 1 wrote as it was meant."""
 
 _ONNX_TYPES = {
     "FP32": 1, "UINT8": 2, "INT8": 3, "UINT16": 4, "INT16": 5, "INT32": 6, "INT64": 7, "BYTES": 8, "BOOL": 9, "FP16": 10,
@@ -92,7 +94,7 @@ class GraphBuilder:
             if node.domain in (domain, "ai.onnx" if domain == "" else domain):
                 then = self._onnx.defs.get_schema(node.op_type, theirs, domain).since_version
                 now = self._onnx.defs.get_schema(node.op_type, ours, domain).since_version
-                if then != now:
+                if then != now and node.op_type not in _ONLY_EXTENDED:
                     raise ExportError(
                         f"operator {node.op_type} of {domain or 'ai.onnx'!r} means another thing in version {ours} than in "
                         f"{theirs}; convert with target_opset {ours}"

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import NodeProto, helper
 
 from modelyard.inference.runtime.independence import rows_independent
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 
 
-def engine(*nodes: object) -> OnnxRuntimeEngine:
+def engine(*nodes: NodeProto) -> OnnxRuntimeEngine:
     graph = helper.make_graph(
         list(nodes),
         "graph",

@@ -38,16 +38,25 @@ def convert_frame_estimator(estimator: Any, specs: tuple[TensorSpec, ...]) -> "o
     except ImportError as exc:
         raise MissingExtra("skl2onnx", "train", "converting an estimator") from exc
 
-    if not hasattr(estimator, "steps"):
+    if not _takes_columns(estimator):
         from sklearn.pipeline import Pipeline
+        from sklearn.preprocessing import FunctionTransformer
 
-        estimator = Pipeline([("estimator", estimator)])  # stacks the columns for an estimator that takes one matrix
+        steps = getattr(estimator, "steps", [("estimator", estimator)])
+        estimator = Pipeline([("one matrix of all columns", FunctionTransformer()), *steps])
 
     def column(spec: TensorSpec) -> Any:
         kind = data_types.StringTensorType if spec.datatype == "BYTES" else data_types.FloatTensorType
         return kind([None, 1])
 
     return _convert(estimator, [(spec.name, column(spec)) for spec in specs])
+
+
+def _takes_columns(estimator: Any) -> bool:
+    """Whether the first step picks columns, as ColumnTransformer does, rather than taking one matrix of all."""
+    while hasattr(estimator, "steps"):
+        estimator = estimator.steps[0][1]
+    return hasattr(estimator, "transformers") or hasattr(estimator, "transformer_list")
 
 
 def _convert(estimator: Any, inputs: list[tuple[str, Any]]) -> "onnx.ModelProto":
@@ -94,7 +103,8 @@ def import_estimator(estimator: Any, samples: Any, *, library: str = "sklearn") 
         ExportError: it is not fitted, neither classifier nor regressor, or has a step that the converter does not know.
         DataError: the samples do not fit it.
     """
-    _require_fitted(estimator)
+    if hasattr(estimator, "fit"):  # a booster dressed as an estimator has been fitted elsewhere
+        _require_fitted(estimator)
     taken = _samples_for(estimator, samples)
     task, classes = _task_and_classes(estimator)
     original = _FittedEstimator(estimator, taken.specs, task, classes)
