@@ -242,6 +242,28 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
 
 
 @pytest.mark.usefixtures("every_batch")
+def test_a_run_interrupted_after_its_best_epoch_still_knows_it(tmp_path: Path) -> None:
+    """Labels at random: the best epoch is an early one, and the run stops some epochs after it."""
+    train, validation = _table(200, noise=100.0), _table(200, seed=1, noise=100.0)
+
+    def run(checkpoint: Path | None, **more: Any) -> tuple[Weights, FitResult]:
+        module = _table_network()
+        patient: dict[str, Any] = {"epochs": 60, "patience": 4, "learning_rate": 2e-2, "checkpoint": checkpoint}
+        result = _fit(module, train, validation, checkpoint_every_s=ALWAYS_S, **patient, **more)
+        return _weights(module), result
+
+    whole, expected = run(None)
+    assert expected.stopped_early
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.raises(Killed):
+        run(checkpoint, progress=KillAt(expected.epochs_run, 3))
+    resumed, result = run(checkpoint)
+    assert result.resumed_at == (expected.epochs_run - 1, 2)
+    assert _same(whole, resumed)
+    assert (result.epochs_run, result.best_loss) == (expected.epochs_run, expected.best_loss)
+
+
+@pytest.mark.usefixtures("every_batch")
 def test_a_run_may_be_interrupted_many_times(tmp_path: Path) -> None:
     whole, _ = _fit_images(None)
     checkpoint = tmp_path / "run.safetensors"

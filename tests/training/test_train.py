@@ -237,8 +237,15 @@ def test_a_callable_that_returns_no_model_is_named(tmp_path: Path, kind: Any, fu
 
 _WITHOUT = """
 import sys
-sys.modules[sys.argv[1]] = None
+from importlib.abc import MetaPathFinder
 from pathlib import Path
+
+class NotInstalled(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=sys.argv[1])
+
+sys.meta_path.insert(0, NotInstalled())
 from tests_of_train import ModelConfig, _dataset, _train
 from modelyard.errors import MissingExtra
 folder = Path(sys.argv[3])
@@ -288,6 +295,7 @@ checkpoint_every_s = 0.05
 """
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_goes_on_when_it_is_started_again(tmp_path: Path) -> None:
     """And ends with the model of one that was not killed, byte for byte."""
     pytest.importorskip("torch")
