@@ -118,9 +118,9 @@ def _write(
     from modelyard.bundle.answers import choose_cases
     from modelyard.bundle.format import BundleContent, write_bundle
     from modelyard.bundle.graph import read_graph
+    from modelyard.bundle.independence import rows_independent
     from modelyard.bundle.manifest import Lineage
     from modelyard.bundle.reference import summarise
-    from modelyard.inference.runtime.independence import rows_independent
     from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 
     graph = read_graph(file, extra_domains=allow_domains)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from modelyard.bundle.answers import answers_reader, choose_cases
 from modelyard.bundle.cases import Arrays
 from modelyard.bundle.format import Bundle, content_of, write_bundle
+from modelyard.bundle.independence import rows_independent
 from modelyard.bundle.manifest import Lineage, Score
 from modelyard.bundle.reference import summarise
 from modelyard.compress.measure import compare_cost
@@ -24,7 +25,6 @@ from modelyard.compress.quantize import TECHNIQUES, Technique, quantize
 from modelyard.compress.verdict import Verdict, judge, test_quality
 from modelyard.errors import CompressionError
 from modelyard.inference.runtime._base import Engine, open_engine
-from modelyard.inference.runtime.independence import rows_independent
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 from modelyard.metering import Meter, Metered
 from modelyard.metrics import Answers, default_metric, find_metric

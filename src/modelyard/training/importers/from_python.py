@@ -6,10 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from modelyard.bundle.cases import Arrays, Run, differing_rows
 from modelyard.bundle.format import Bundle, read_bundle
+from modelyard.bundle.independence import rows_independent
 from modelyard.bundle.manifest import Lineage, Targets
 from modelyard.bundle.store import Store, open_store
 from modelyard.errors import ConfigError, ExportError
@@ -18,6 +16,9 @@ from modelyard.prices import load_prices
 from modelyard.training.export import Export, prove_no_skew, run_graph, write
 from modelyard.training.importers._base import Imported, Task
 from modelyard.training.train import environment
+
+N_INDEPENDENCE = 16
+"""Samples that are asked alone and among others."""
 
 
 def import_model(
@@ -74,7 +75,7 @@ def import_model(
     proof = prove_no_skew(
         imported.original, run, imported.signature, inputs, given=imported.samples.given, rows_called="samples"
     )
-    if not _rows_independent(run, inputs):
+    if not rows_independent(run, {column: array[:N_INDEPENDENCE] for column, array in inputs.items()}):
         raise ExportError(
             f"{type(obj).__name__} answers a row differently beside other rows, and a server chooses who shares a batch; let each "
             "row's answer depend on that row alone"
@@ -143,13 +144,3 @@ def _published(bundle: Bundle, store: Store | Path | str | None) -> Bundle:
     name = bundle.manifest.name
     version = opened.publish(bundle.path, name)
     return read_bundle(opened.fetch(name, version))
-
-
-def _rows_independent(run: Run, inputs: Arrays, n_rows: int = 8) -> bool:
-    """Whether a few rows are answered alone as they are together."""
-    few = {name: array[:n_rows] for name, array in inputs.items()}
-    alone = [run({name: array[i : i + 1] for name, array in few.items()}) for i in range(len(next(iter(few.values()))))]
-    return all(
-        not differing_rows(np.concatenate([answer[name] for answer in alone]), together, rtol=1e-3, atol=1e-3).size
-        for name, together in run(few).items()
-    )

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from onnx import NodeProto, helper
+from onnx import NodeProto, helper, numpy_helper
 
-from modelyard.inference.runtime.independence import rows_independent
+from modelyard.bundle.independence import rows_independent
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 
 
@@ -45,3 +45,18 @@ def test_dependence_that_only_an_outlier_brings_out_is_found() -> None:
     )
 
     assert not rows_independent(graph.run, ROWS)
+
+
+def test_positions_in_a_table_are_never_pushed_beyond_it() -> None:
+    """An embedding has as many rows as there are tokens; an outlier among integers must stay among those seen."""
+    table = numpy_helper.from_array(np.arange(12, dtype=np.float32).reshape(4, 3), "table")
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "x"], ["y"])],
+        "embedding",
+        [helper.make_tensor_value_info("x", 7, ["batch"])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 3])],
+        [table],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+    assert rows_independent(OnnxRuntimeEngine(model.SerializeToString()).run, {"x": np.array([0, 3, 1])})
