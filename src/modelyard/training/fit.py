@@ -180,6 +180,8 @@ class _Loop:
         """Train the batches of this epoch that are not done yet."""
         config = self.config
         order = torch.from_numpy(np.random.default_rng([config.seed, self.epoch]).permutation(len(self.train.x)))
+        seeds = np.random.SeedSequence([config.seed, self.epoch]).generate_state(self.n_batches).tolist()
+        mixed = torch.autocast(self.device, torch.bfloat16) if self.amp else contextlib.nullcontext()
         self.module.train()
         total = torch.zeros((), device=self.device)
         first = self.batch
@@ -187,11 +189,11 @@ class _Loop:
             is_last = batch == self.n_batches - 1
             rows = order[batch * config.batch_size : None if is_last else (batch + 1) * config.batch_size]
             x, y = self.train.x[rows].to(self.device), self.train.y[rows].to(self.device)
-            self._seed(batch)
+            self._seed(seeds[batch])
             if config.shift_pixels:
                 x = shifted(x, config.shift_pixels)
             self._set_learning_rate(self.epoch * self.n_batches + batch)
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
+            with mixed:
                 loss = self.loss(_outputs(self.module(x), y), y)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -205,9 +207,8 @@ class _Loop:
             if now_s - self.saved_at_s >= config.checkpoint_every_s:
                 self._save()
 
-    def _seed(self, batch: int) -> None:
+    def _seed(self, seed: int) -> None:
         """Seed dropout and augmentation. Not by torch.manual_seed, which takes a millisecond where there is no GPU."""
-        seed = int(np.random.SeedSequence([self.config.seed, self.epoch, batch]).generate_state(1)[0])
         torch.default_generator.manual_seed(seed)
         if self.device == "cuda":
             torch.cuda.manual_seed(seed)
