@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.clock import ManualClock, SystemClock
-from modelyard.metering import Meter, Metered, metered
+from modelyard.metering import Meter, Metered
 from modelyard.prices import load_prices
 
 RANGE_UJ = 1_000_000_000
@@ -73,16 +73,17 @@ def test_sums_say_where_their_energy_comes_from() -> None:
     assert (measured + measured).energy_source == "measured"
 
 
-def test_a_block_that_fails_is_metered_too() -> None:
-    readings: list[Metered] = []
+def test_a_gpu_is_paid_for_every_second_it_is_held(tmp_path: Path) -> None:
+    clock, prices = ManualClock(), load_prices()
+    meter = Meter(prices, clock, powercap=tmp_path / "none", gpu=True)
 
-    def fail() -> None:
-        with metered(load_prices(), readings):
-            raise RuntimeError("no")
+    clock.advance(3600, cpu_s=60)
 
-    with pytest.raises(RuntimeError):
-        fail()
-    assert len(readings) == 1
+    core, gpu = prices["cpu-core"], prices["gpu"]
+    spent = meter.read()
+    assert spent.wall_s == 3600
+    assert spent.cost_usd == pytest.approx(core.price_usd_per_hour / 60 + gpu.price_usd_per_hour)
+    assert spent.energy_j == pytest.approx(60 * core.busy_power_w + 3600 * gpu.busy_power_w)
 
 
 def test_the_systems_clock_never_goes_back() -> None:

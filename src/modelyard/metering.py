@@ -4,8 +4,7 @@ Energy is read from the processor's own counters (Linux powercap) where they can
 CPU seconds that says so.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,13 +38,22 @@ class Metered(Frozen, frozen=True):
 
 
 class Meter:
-    """Meters from `start` on. Money is CPU seconds at the price of one core: what the work would cost when rented by the core.
+    """Meters from its construction on. Not thread-safe; one owner.
 
-    Not thread-safe; one owner.
+    Money is CPU seconds at the price of one core: what the work would cost when rented by the core. With `gpu`, a GPU is paid
+    beside them for every second, used or not.
     """
 
-    def __init__(self, prices: Mapping[str, Device], clock: Clock | None = None, powercap: Path = POWERCAP) -> None:
+    def __init__(
+        self,
+        prices: Mapping[str, Device],
+        clock: Clock | None = None,
+        powercap: Path = POWERCAP,
+        *,
+        gpu: bool = False,
+    ) -> None:
         self._core = prices["cpu-core"]
+        self._gpu = prices["gpu"] if gpu else None
         self._clock = clock or SystemClock()
         self._zones = _energy_zones(powercap)
         self._wall_s = self._clock.monotonic_s()
@@ -55,14 +63,16 @@ class Meter:
     def read(self) -> Metered:
         """Return what was spent since the meter was made; may be called again."""
         cpu_s = self._clock.cpu_s() - self._cpu_s
+        wall_s = self._clock.monotonic_s() - self._wall_s
         measured = self._measured_j()
-        return Metered(
-            wall_s=self._clock.monotonic_s() - self._wall_s,
+        spent = Metered(
+            wall_s=wall_s,
             cpu_s=cpu_s,
             energy_j=cpu_s * self._core.busy_power_w if measured is None else measured,
             energy_source="estimated" if measured is None else "measured",
             cost_usd=self._core.cost_usd(cpu_s),
         )
+        return spent if self._gpu is None else spent + _rented(self._gpu, wall_s)
 
     def _measured_j(self) -> float | None:
         """Joules by the package counters, which wrap; None where there are none. The whole package counts, neighbours included."""
@@ -76,14 +86,15 @@ class Meter:
         return total_uj / 1e6 if self._zones else None
 
 
-@contextmanager
-def metered(prices: Mapping[str, Device], into: list[Metered]) -> Iterator[Meter]:
-    """Meter the block and append the reading to `into`, also when the block raises."""
-    meter = Meter(prices)
-    try:
-        yield meter
-    finally:
-        into.append(meter.read())
+def _rented(device: Device, seconds: float) -> Metered:
+    """A device that is paid, and assumed busy, for as long as it is held."""
+    return Metered(
+        wall_s=0.0,
+        cpu_s=0.0,
+        energy_j=seconds * device.busy_power_w,
+        energy_source="estimated",
+        cost_usd=device.cost_usd(seconds),
+    )
 
 
 def _energy_zones(powercap: Path) -> list[Path]:

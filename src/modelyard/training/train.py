@@ -111,7 +111,7 @@ def train(
     if target.exists():
         raise FileExistsError(f"{target} exists; a bundle is never overwritten: choose another path or remove it")
     watch = watch or Watch()
-    meter = Meter(prices)
+    meter = Meter(prices, gpu=_takes_gpu(model))
     split = dataset.split
     train_rows, held_out = dataset.take(split.train), dataset.take(split.test)
     truth = dataset.label[split.test]
@@ -164,6 +164,17 @@ def train(
         description=description,
     )
     return Trained(bundle, evaluation, comparisons, exported.proof, spent, fitted.resumed_at if fitted else None)
+
+
+def _takes_gpu(model: ModelConfig) -> bool:
+    """Whether the fit will run on a GPU, which is then paid for the whole of the training."""
+    if model.kind not in ("network", "torch"):
+        return False
+    try:
+        import torch
+    except ImportError:
+        return False  # the builder says what is missing
+    return torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
