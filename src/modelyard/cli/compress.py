@@ -2,18 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from modelyard.cli.progress import Progress
-from modelyard.cli.train import checked_data, fresh_path, published, work_folder
+from modelyard.cli.steps import checked_data, compressed, published
 from modelyard.errors import ConfigError
 
 if TYPE_CHECKING:
     from modelyard.bundle.format import Bundle
-    from modelyard.cli.config import Yard
-    from modelyard.compress.search import Compression
     from modelyard.training.data import Dataset
 
 
@@ -79,47 +77,6 @@ def compress(
     click.echo(json.dumps(result.to_json() | {"version": version}) if as_json else result.text())
     if result.child is None:
         raise click.exceptions.Exit(1)
-
-
-def compressed(
-    yard: "Yard",
-    root: Path,
-    parent: "Bundle",
-    dataset: "Dataset",
-    catalogue: Any,
-    progress: Progress,
-    *,
-    techniques: tuple[str, ...] = (),
-    output: Path | None = None,
-) -> "Compression":
-    """Compress with the rows of `dataset`: calibrate on training rows, select on validation rows, judge on test rows."""
-    from msgspec import structs
-
-    from modelyard.compress.search import LabelledRows
-    from modelyard.compress.search import compress as search
-
-    split = dataset.split
-    settings = structs.replace(yard.compress, techniques=techniques) if techniques else yard.compress
-    work = work_folder(yard, root)
-    return search(
-        parent,
-        output or fresh_path(work / "bundles", "compressed"),
-        calibration=dataset.take(_spread(split.train, settings.calibration_rows)),
-        selection=LabelledRows(dataset.take(split.validation), dataset.label[split.validation]),
-        test=LabelledRows(dataset.take(split.test), dataset.label[split.test]),
-        config=settings,
-        work=work / "candidates",
-        prices=catalogue,
-        step=lambda text: progress.step(f"compress: {text}"),
-        detail=progress.detail,
-    )
-
-
-def _spread(rows: Any, n: int) -> Any:
-    """Take `n` rows evenly over the whole, so that a split by time is calibrated on all of its time."""
-    import numpy as np
-
-    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(np.int64)]
 
 
 def _require_same_rows(parent: "Bundle", dataset: "Dataset", config: Path) -> None:

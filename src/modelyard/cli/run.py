@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from modelyard.cli.compress import compressed
 from modelyard.cli.progress import Progress, duration
-from modelyard.cli.train import checked_data, published, store_url, trained, work_folder, write_beside
+from modelyard.cli.steps import checked_data, compressed, published, store_url, trained, work_folder, write_beside
 from modelyard.errors import ModelyardError, SkewDetected
 
 if TYPE_CHECKING:

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelyard.cli.progress import Progress
-from modelyard.errors import DataError
+from modelyard.cli.steps import checked_data, published, trained
 
 if TYPE_CHECKING:
-    from modelyard.cli.config import Yard
     from modelyard.training.checks import DataReport
-    from modelyard.training.data import Dataset
     from modelyard.training.train import Trained
 
 
@@ -62,110 +60,6 @@ def train(
         click.echo(json.dumps(_to_json(result, report, version)))
     else:
         click.echo(_text(result, version))
-
-
-def checked_data(yard: "Yard", root: Path, progress: Progress) -> "tuple[Dataset, DataReport]":
-    """Load, check and split; print the report's warnings, keep the whole of it in WORK, stop at its errors."""
-    from modelyard.training.data import load_dataset
-
-    progress.step("read and check the data")
-    dataset, report = load_dataset(yard.data, yard.split, root=root, progress=progress.detail)
-    reports = work_folder(yard, root) / "reports"
-    reports.mkdir(parents=True, exist_ok=True)
-    write_beside(reports / "data.txt", report.text() + "\n")
-    write_beside(reports / "data.json", json.dumps(report.to_json(), indent=2) + "\n")
-    lineage = dataset.lineage
-    progress.detail(
-        f"{lineage.n_samples:,} rows, {len(dataset.specs)} inputs; {lineage.n_train:,} to train, {lineage.n_validation:,} to "
-        f"validate, {lineage.n_test:,} to test; split {lineage.split}"
-    )
-    for finding in report.findings:
-        if finding.severity != "info":
-            progress.note(f"  {finding.severity}: {finding.message}")
-    try:
-        report.raise_for_errors()
-    except DataError:
-        progress.note(f"  the whole report: {reports / 'data.txt'}")
-        raise
-    return dataset, report
-
-
-def trained(
-    yard: "Yard",
-    root: Path,
-    dataset: "Dataset",
-    output: Path | None,
-    catalogue: Any,
-    progress: Progress,
-    *,
-    fresh: bool,
-) -> "Trained":
-    """Train with progress shown, the checkpoint kept in WORK."""
-    from modelyard.training.train import Watch
-    from modelyard.training.train import train as train_model
-
-    work = work_folder(yard, root)
-    checkpoint = work / "checkpoints" / f"{yard.name}.safetensors"
-    if fresh:
-        checkpoint.unlink(missing_ok=True)
-    target = output or fresh_path(work / "bundles", "trained")
-    result = train_model(
-        yard.name,
-        dataset,
-        yard.model,
-        yard.fit,
-        yard.targets,
-        target,
-        root=root,
-        checkpoint=checkpoint,
-        prices=catalogue,
-        description=yard.description,
-        watch=Watch(step=progress.step, detail=progress.detail, fit=progress.fit),
-    )
-    # What was trained is in the bundle now; the next run of the same configuration is a new one.
-    checkpoint.unlink(missing_ok=True)
-    if result.resumed_at:
-        epoch, batch = result.resumed_at
-        progress.note(f"  went on from the checkpoint at epoch {epoch + 1}, batch {batch}")
-    for comparison in result.comparisons:
-        progress.note(f"  {comparison.text()}")
-    progress.note(f"  {result.proof.text()}")
-    return result
-
-
-def published(yard: "Yard", root: Path, bundle: Path, progress: Progress) -> int:
-    """Publish to the configured store; return the version."""
-    from modelyard.bundle.store import open_store
-
-    progress.step("publish")
-    version = open_store(store_url(yard, root)).publish(bundle, yard.name)
-    progress.detail(f"{yard.name} version {version} in {store_url(yard, root)}")
-    return version
-
-
-def store_url(yard: "Yard", root: Path) -> str:
-    """Return the store as an absolute path, or as the URL it is."""
-    return yard.store if "://" in yard.store else str((root / yard.store).resolve())
-
-
-def work_folder(yard: "Yard", root: Path) -> Path:
-    """Return the folder for reports, checkpoints and bundles on their way."""
-    return (root / yard.work).resolve()
-
-
-def fresh_path(folder: Path, stem: str) -> Path:
-    """Return `folder/stem-N` with the lowest N that is free."""
-    n = 1
-    while (folder / f"{stem}-{n}").exists():
-        n += 1
-    return folder / f"{stem}-{n}"
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it there."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _text(result: "Trained", version: int | None) -> str:
