@@ -36,9 +36,7 @@ check: $(VENV)/.installed
 	$(BIN)/pytest tests/test_docs.py
 
 bench: $(VENV)/.installed
-	$(BIN)/python bench/training_loop.py
-	$(BIN)/python bench/int8.py
-	$(BIN)/python bench/light.py
+	@status=0; for script in training_loop int8 light; do $(BIN)/python bench/$$script.py || status=1; done; exit $$status
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

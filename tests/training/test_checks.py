@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from modelyard.errors import DataError
-from modelyard.training.checks import DataReport, Finding
 from modelyard.training.data import DataConfig, load_dataset
+from modelyard.training.data_report import DataReport, Finding
 from modelyard.training.split import SplitConfig
 
 N = 600

@@ -21,8 +21,8 @@ from PIL import Image
 from modelyard.bundle.manifest import TensorSpec
 from modelyard.errors import ConfigError, DataError
 from modelyard.schema import convert
-from modelyard.training.checks import DataReport
 from modelyard.training.data import DataConfig, Dataset, data_digest, load_dataset, rows_for
+from modelyard.training.data_report import DataReport
 from modelyard.training.split import SplitConfig
 
 N = 60

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from modelyard.bundle.format import Bundle
     from modelyard.cli.config import Yard
     from modelyard.compress.search import Compression
-    from modelyard.training.checks import DataReport
     from modelyard.training.data import Dataset
+    from modelyard.training.data_report import DataReport
     from modelyard.training.train import Trained
 
 

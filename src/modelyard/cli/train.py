@@ -10,7 +10,7 @@ from modelyard.cli.progress import Progress
 from modelyard.cli.steps import checked_data, published, trained
 
 if TYPE_CHECKING:
-    from modelyard.training.checks import DataReport
+    from modelyard.training.data_report import DataReport
     from modelyard.training.train import Trained
 
 

@@ -6,19 +6,18 @@ itself is more often a copy of the answer than luck.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modelyard.errors import DataError, MissingExtra
+from modelyard.errors import MissingExtra
+from modelyard.training.data_report import LISTED, ColumnSummary, DataReport, Finding, count, some
 
 if TYPE_CHECKING:
     from modelyard.training.data import Dataset
-
-Severity = Literal["error", "warning", "info"]
 
 LEAK_SKILL = 0.9
 """From this skill on a single column is named a leak suspect; 0 is the baseline, 1 is perfect."""
@@ -35,100 +34,6 @@ IMBALANCE = 3.0
 MAX_TENSOR_COLUMNS = 64
 """An array of more features than this a row is checked as a whole, not feature by feature."""
 _TOP_VALUES = 3
-_LISTED = 10
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing found; the message ends with what to do where there is something to do."""
-
-    severity: Severity
-    code: str
-    """E.g. "constant-column", "leak-suspect"."""
-    column: str | None
-    message: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """The figures behind the message; strings, numbers, lists and dicts of them."""
-
-
-@dataclass(frozen=True)
-class ColumnSummary:
-    """One column over all rows."""
-
-    name: str
-    datatype: str
-    missing_share: float
-    n_distinct: int
-    """Of the values that are there."""
-    minimum: float | None = None
-    """Of a column of numbers."""
-    maximum: float | None = None
-    top: tuple[tuple[str, float], ...] = ()
-    """Of a column of text or booleans: the most frequent values with their shares of all rows."""
-    shape: tuple[int, ...] = ()
-    """Of one row, where it is more than one number."""
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Everything found, for a person (`text`) and for a machine (`to_json`)."""
-
-    source: str
-    task: str
-    label_name: str
-    split: str
-    n_samples: int
-    part_sizes: Mapping[str, int]
-    """Rows of train, validation and test."""
-    columns: tuple[ColumnSummary, ...]
-    class_counts: Mapping[str, Mapping[str, int]]
-    """Class → part → rows; {} for regression."""
-    label_means: Mapping[str, float]
-    """Part → mean label; {} for classification."""
-    findings: tuple[Finding, ...]
-    """Errors first, then warnings, then notes."""
-
-    def of(self, severity: Severity) -> tuple[Finding, ...]:
-        """Return the findings of this severity."""
-        return tuple(finding for finding in self.findings if finding.severity == severity)
-
-    def raise_for_errors(self) -> None:
-        """Raise DataError listing every finding of severity "error"; return when there is none."""
-        errors = self.of("error")
-        if errors:
-            lines = "\n".join(f"  {finding.message}" for finding in errors)
-            raise DataError(f"{self.source}: {_count(len(errors), 'error')} in the data:\n{lines}", findings=errors)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as dicts, lists, strings and numbers."""
-        return asdict(self)
-
-    def text(self) -> str:
-        """Return the report for a terminal, without a final newline."""
-        n_classes = f", {len(self.class_counts)} classes" if self.class_counts else ""
-        parts = " · ".join(f"{part} {size:,}" for part, size in self.part_sizes.items())
-        lines = [
-            f"{self.source}: {self.n_samples:,} rows, {_count(len(self.columns), 'column')}; {self.task} of "
-            f"{self.label_name!r}{n_classes}",
-            f"split {self.split}: {parts}",
-            "",
-        ]
-        lines += _table(
-            ["column", "type", "missing", "distinct", "values"],
-            [[c.name, _type(c), f"{c.missing_share:.1%}", f"{c.n_distinct:,}", _values(c)] for c in self.columns],
-        )
-        if self.class_counts:
-            shown = list(self.class_counts.items())[: 2 * _LISTED]
-            rows = [[name, *(f"{n:,}" for n in counts.values())] for name, counts in shown]
-            lines += ["", *_table(["class", *self.part_sizes], rows)]
-            lines += [f"and {len(self.class_counts) - len(shown)} more"] if len(shown) < len(self.class_counts) else []
-        else:
-            lines += ["", "mean label: " + " · ".join(f"{part} {mean:.6g}" for part, mean in self.label_means.items())]
-        errors, warnings, notes = (len(self.of(severity)) for severity in ("error", "warning", "info"))
-        lines += ["", f"found: {_count(errors, 'error')}, {_count(warnings, 'warning')}, {_count(notes, 'note')}"]
-        words = {"error": "error  ", "warning": "warning", "info": "note   "}
-        lines += [f"  {words[f.severity]}  {f.code}: {f.message}" for f in self.findings]
-        return "\n".join(lines)
 
 
 def check_dataset(dataset: "Dataset", *, progress: Callable[[str], None], notes: Sequence[str] = ()) -> DataReport:
@@ -365,10 +270,10 @@ def _unseen_finding(column: _Column, dataset: "Dataset") -> Iterator[Finding]:
             "warning" if max(shares.values()) > UNSEEN_SHARE else "info",
             "unseen-categories",
             column.name,
-            f"{column.name!r} has {_count(len(values), 'value')} that no training row has ({_some(values)}), in "
-            f"{_count(counts['validation'], 'validation row')} ({shares['validation']:.2%}) and {_count(counts['test'], 'test row')} "
+            f"{column.name!r} has {count(len(values), 'value')} that no training row has ({some(values)}), in "
+            f"{count(counts['validation'], 'validation row')} ({shares['validation']:.2%}) and {count(counts['test'], 'test row')} "
             f"({shares['test']:.2%}); they are answered as unknown",
-            {"counts": counts, "shares": shares, "values": values[: 10 * _LISTED], "n_values": len(values)},
+            {"counts": counts, "shares": shares, "values": values[: 10 * LISTED], "n_values": len(values)},
         )
 
 
@@ -542,7 +447,7 @@ def _class_findings(dataset: "Dataset") -> Iterator[Finding]:
             "warning",
             "small-class",
             dataset.label_name,
-            f"{len(small)} of {len(counts)} classes have fewer than {SMALL_CLASS_ROWS} rows ({_some(listed)}); scores on them say little: "
+            f"{len(small)} of {len(counts)} classes have fewer than {SMALL_CLASS_ROWS} rows ({some(listed)}); scores on them say little: "
             "bring more rows or merge them",
             {"classes": small},
         )
@@ -554,7 +459,7 @@ def _class_findings(dataset: "Dataset") -> Iterator[Finding]:
             "warning",
             "class-not-in-part",
             dataset.label_name,
-            f"no row of {_some(listed)}; the score there says nothing about such a class",
+            f"no row of {some(listed)}; the score there says nothing about such a class",
             {"classes": absent},
         )
     in_train = {name: parts["train"] for name, parts in counts.items()}
@@ -574,35 +479,3 @@ def _class_findings(dataset: "Dataset") -> Iterator[Finding]:
                 "least_share": in_train[least] / n_train,
             },
         )
-
-
-def _type(column: ColumnSummary) -> str:
-    return column.datatype + (f" {' × '.join(map(str, column.shape))}" if column.shape else "")
-
-
-def _values(column: ColumnSummary) -> str:
-    if column.top:
-        return ", ".join(f"{_short(value)} {share:.1%}" for value, share in column.top)
-    if column.minimum is None or column.maximum is None:
-        return ""
-    return f"{column.minimum:.6g} to {column.maximum:.6g}"
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= 24 else value[:23] + "…"
-
-
-def _some(values: Sequence[str]) -> str:
-    shown = ", ".join(_short(value) for value in values[:_LISTED])
-    return shown if len(values) <= _LISTED else f"{shown} and {len(values) - _LISTED} more"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def _table(head: list[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]

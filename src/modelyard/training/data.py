@@ -28,7 +28,7 @@ from modelyard.training.split import Split, SplitConfig, split_rows
 from modelyard.training.tables import read_csv, read_parquet, rows_of_table
 
 if TYPE_CHECKING:
-    from modelyard.training.checks import DataReport
+    from modelyard.training.data_report import DataReport
 
 __all__ = ["DataConfig", "Dataset", "data_digest", "load_dataset", "rows_for"]
 
