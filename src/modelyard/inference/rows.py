@@ -53,6 +53,14 @@ def arrays_to_rows(outputs: Mapping[str, NDArray[Any]], signature: Signature) ->
     return _rows(outputs, signature.outputs)
 
 
+def predictions(outputs: Mapping[str, NDArray[Any]], signature: Signature) -> list[Any]:
+    """Return the rows as they are answered over HTTP: as above, or the bare value where the model has one output."""
+    rows = arrays_to_rows(outputs, signature)
+    if len(signature.outputs) > 1:
+        return rows
+    return [row[signature.outputs[0].name] for row in rows]
+
+
 def example_row(inputs: Mapping[str, NDArray[Any]], signature: Signature) -> dict[str, Any]:
     """Return the first row of arrays that fit the inputs of `signature`, such as golden cases, the way a client would send it."""
     first = {spec.name: inputs[spec.name][:1] if spec.batched else inputs[spec.name] for spec in signature.inputs}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modelyard.errors import RequestError
-from modelyard.inference.rows import arrays_to_rows, rows_to_arrays
+from modelyard.inference.rows import predictions, rows_to_arrays
 from modelyard.inference.serve.messages import Answer, Request, Response, json_body, json_response
 from modelyard.inference.serve.repository import Entry, Loaded, Repository
 from modelyard.inference.serve.routes import Route
@@ -32,12 +32,7 @@ def instances(body: Any) -> list[Any]:
 
 
 def encode_predictions(outputs: Outputs, model: Loaded) -> Response:
-    """Return {"predictions": [...]}, one per row; the bare value where the model has one output."""
-    rows: list[Any] = arrays_to_rows(outputs, model.signature)
-    if len(model.signature.outputs) == 1:
-        name = model.signature.outputs[0].name
-        rows = [row[name] for row in rows]
-    return json_response({"predictions": rows})
+    return json_response({"predictions": predictions(outputs, model.signature)})
 
 
 def routes(repository: Repository) -> Iterable[Route]:
