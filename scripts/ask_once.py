@@ -10,7 +10,7 @@ import urllib.request
 
 from modelyard.bundle.format import read_bundle
 from modelyard.bundle.store import open_store
-from modelyard.inference.rows import arrays_to_rows, example_row
+from modelyard.inference.rows import example_row, predictions
 
 
 def main(modelyard: str, store_path: str) -> int:
@@ -31,7 +31,7 @@ def main(modelyard: str, store_path: str) -> int:
             )
             with urllib.request.urlopen(request) as response:
                 answers = json.load(response)["predictions"]
-            expected = arrays_to_rows(cases.outputs, bundle.signature)
+            expected = predictions(cases.outputs, bundle.signature)
             same = len(answers) == len(expected) and all(map(alike, answers, expected))
             print(
                 f"{model['name']}: {len(answers)} golden cases asked over HTTP, {'all alike' if same else 'ANSWERED WRONG'}"

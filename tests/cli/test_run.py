@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from modelyard.bundle.format import read_bundle
 from modelyard.bundle.store import LocalStore
@@ -68,6 +68,21 @@ def test_run_ends_in_a_table_and_where_everything_is(project: Path) -> None:
         assert piece in done.stdout
     assert f"modelyard serve {project / 'store'}" in done.stdout
     assert "target of 1000 ms at p99: met" in done.stdout
+
+
+def test_run_takes_a_quantity_to_a_served_number(tmp_path: Path) -> None:
+    patients = load_diabetes(as_frame=True)
+    patients.data.assign(progression=patients.target).to_csv(tmp_path / "patients.csv", index=False)
+    (tmp_path / "yard.toml").write_text(
+        'name = "patients"\n[data]\npath = "patients.csv"\nlabel = "progression"\n[model]\nkind = "linear"\n'
+    )
+
+    result = document(modelyard("run", "--json", folder=tmp_path))
+
+    assert result["variants"][0]["scores"][0]["metric"] == "rmse"
+    assert result["served"]["n_rows"] == result["variants"][0]["scores"][0]["n_samples"]
+    # Many times the rounding of float32 on labels of hundreds, and still far below any use of the number.
+    assert result["served"]["worst_difference"] < 1e-3
 
 
 def test_train_then_compress_a_network(project: Path) -> None:

@@ -172,13 +172,13 @@ def _ask(url: str, name: str, bundle: "Bundle", dataset: "Dataset", progress: Pr
     import numpy as np
 
     from modelyard.compress.search import run_rows
-    from modelyard.inference.rows import arrays_to_rows, example_row
+    from modelyard.inference.rows import example_row, predictions
     from modelyard.inference.runtime._base import open_engine
 
     inputs = dataset.take(dataset.split.test)
     n_rows = len(dataset.split.test)
     engine = open_engine(bundle, check=False)
-    expected = arrays_to_rows(run_rows(engine, inputs), bundle.signature)
+    expected = predictions(run_rows(engine, inputs), bundle.signature)
     engine.close()
     rows = [
         example_row({column: array[i : i + 1] for column, array in inputs.items()}, bundle.signature)
@@ -210,26 +210,25 @@ def _ask(url: str, name: str, bundle: "Bundle", dataset: "Dataset", progress: Pr
     return Served(n_rows, n_requests, worst, p50_s, p99_s, n_rows / asking_s)
 
 
-def _post(connection: HTTPConnection, name: str, body: str) -> list[dict[str, Any]]:
+def _post(connection: HTTPConnection, name: str, body: str) -> list[Any]:
     connection.request("POST", f"/v1/models/{name}:predict", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     answer = json.loads(response.read())
     if response.status != 200:
         raise ModelyardError(f"the server answered {response.status} to a held-out row: {answer}")
-    predictions: list[dict[str, Any]] = answer["predictions"]
-    return predictions
+    rows: list[Any] = answer["predictions"]
+    return rows
 
 
 def _difference(answer: Any, expected: Any, row: int) -> float:
     """Return the largest difference of two answers' numbers; raise where anything else differs."""
-    if isinstance(expected, dict):
+    if isinstance(expected, dict) and isinstance(answer, dict) and expected.keys() == answer.keys():
         return max(_difference(answer[key], value, row) for key, value in expected.items())
-    if (
-        isinstance(expected, float)
-        and isinstance(answer, float)
-        and abs(answer - expected) <= 1e-5 * (1 + abs(expected))
-    ):
-        return abs(answer - expected)
+    if isinstance(expected, list) and isinstance(answer, list) and len(expected) == len(answer):
+        return max((_difference(*pair, row) for pair in zip(answer, expected, strict=True)), default=0.0)
+    numbers = isinstance(expected, float) and isinstance(answer, float)
+    if numbers and abs(answer - expected) <= 1e-5 * (1 + abs(expected)):
+        return float(abs(answer - expected))
     if answer == expected:
         return 0.0
     raise SkewDetected(
