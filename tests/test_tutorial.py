@@ -36,6 +36,6 @@ def test_every_command_of_the_tutorial_works(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(steps) == len(blocks) - 1
     assert "mean_radius" in done.stdout  # the data report
-    assert "accuracy, 95 % interval" in done.stdout  # the closing table
+    assert "accuracy on test rows, 95 % interval" in done.stdout  # the closing table
     assert '"name":"cells"' in done.stdout.replace(" ", "")  # the server's metadata
     assert "malignant" in done.stdout.splitlines()[-1] or "benign" in done.stdout.splitlines()[-1]  # a prediction

@@ -1,6 +1,7 @@
 """The whole walk by the real commands, on small real data: train, run, compress."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,15 +60,44 @@ def test_run_ends_in_a_table_and_where_everything_is(project: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     for piece in (
-        "accuracy, 95 % interval",
-        "p99, one row",
-        "rows/s, one thread",
-        "per million rows",
+        "accuracy on test rows, 95 % interval",
+        "p99, one row, one thread",
+        "rows/s, best batch, one thread",
+        "compute of 1 million rows, one by one",
         "linear baseline",
     ):
         assert piece in done.stdout
     assert f"modelyard serve {project / 'store'}" in done.stdout
-    assert "target of 1000 ms at p99: met" in done.stdout
+    assert "target of 1000 ms at p99: met by these 113 requests" in done.stdout
+
+
+def test_a_worse_model_does_not_take_the_champions_place(project: Path) -> None:
+    document(modelyard("run", "--json", folder=project))
+    configure(project, 'kind = "lightgbm"\nparameters = { n_estimators = 1, num_leaves = 2, learning_rate = 0.01 }')
+
+    result = document(modelyard("run", "--json", folder=project))
+
+    assert result["champion"]["version"] == 1
+    assert result["variants"][-1]["version"] == 2
+    assert LocalStore(project / "store").tags("cells") == {"champion": 1}
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ('metric = "rmse"', r"\[targets\] metric = 'rmse'"),
+        ('metric = "auc"\npositive = "sick"', r"\[targets\] positive = 'sick'.*benign"),
+    ],
+)
+def test_targets_that_cannot_be_scored_are_found_before_the_fit(project: Path, targets: str, says: str) -> None:
+    text = (project / "yard.toml").read_text()
+    (project / "yard.toml").write_text(text.partition("[targets]")[0] + f"[targets]\n{targets}\n")
+
+    done = modelyard("train", folder=project)
+
+    assert done.returncode == 2
+    assert re.search(says, done.stderr)
+    assert "fit lightgbm" not in done.stderr
 
 
 def test_run_takes_a_quantity_to_a_served_number(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from modelyard.training.data import DataConfig, Dataset, load_dataset
 from modelyard.training.export import run_graph
 from modelyard.training.fit_config import FitConfig
 from modelyard.training.models import ModelConfig
-from modelyard.training.provenance import code_revision, environment
+from modelyard.provenance import code_revision, environment
 from modelyard.training.split import SplitConfig
 from modelyard.training.train import Trained, train
 from modelyard.training.watch import Watch

@@ -3,6 +3,7 @@
 A thread ticks beside the work, so that no step is silent for more than a few seconds even inside a library's call.
 """
 
+import shutil
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from modelyard.training.fit import FitProgress
 
 QUIET_FOR_S = 4.0
+ESTIMATE_FROM = 0.1
+"""Share of a fit after which the time left is told."""
 
 
 class Progress:
@@ -65,9 +68,9 @@ class Progress:
         """Say how far a training loop is."""
         share = (state.epoch - 1 + state.batch / state.n_batches) / state.epochs
         best = "" if state.best_score is None else f", best score {state.best_score:.4f}"
-        self.detail(
-            f"{_bar(share)} epoch {state.epoch}/{state.epochs}, loss {state.loss:.4f}{best}, {duration(state.remaining_s)} left"
-        )
+        # The first batches are slow; what they foretell is worth nothing.
+        left = f", {duration(state.remaining_s)} left" if ESTIMATE_FROM <= share < 1 else ""
+        self.detail(f"{_bar(share)} epoch {state.epoch} of {state.epochs}, loss {state.loss:.4f}{best}{left}")
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -98,7 +101,9 @@ class Progress:
         with self._lock:
             self._printed_s = time.monotonic()
             if self._terminal:
-                click.echo(f"\r\033[K  {text}", nl=False, err=True)
+                # Cut to the window: a line that wraps cannot be taken back.
+                width = shutil.get_terminal_size().columns - 3
+                click.echo(f"\r\033[K  {text[:width]}", nl=False, err=True)
             else:
                 click.echo(f"  {text}", err=True)
 

@@ -60,6 +60,8 @@ def trained(
     checkpoint = work / "checkpoints" / f"{yard.name}.safetensors"
     if fresh:
         checkpoint.unlink(missing_ok=True)
+    elif checkpoint.exists():
+        progress.note("  there is a checkpoint: it is taken up if it is of this very run (--fresh starts anew)")
     target = output or fresh_path(work / "bundles", "trained")
     result = train_model(
         yard.name,

@@ -3,6 +3,7 @@
 Selecting and judging use different rows, so that the winner is not the luckiest. The parent is only read.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 from modelyard.metering import Meter, Metered
 from modelyard.metrics import Answers, default_metric, find_metric
 from modelyard.prices import Device
+from modelyard.provenance import environment
 from modelyard.schema import Frozen, to_builtins
 
 INT8_TOLERANCE = 1e-2
@@ -122,7 +124,7 @@ def apply(parent: Bundle, technique: Technique, target: Path, *, calibration: Ar
     cases = parent.cases()
     independent = rows_independent(engine.run, cases.inputs)
     outputs = {
-        "held_out": run_rows(engine, held_out),
+        "held_out": run_rows(engine, held_out, one_by_one=not independent),
         "cases": run_rows(engine, cases.inputs, one_by_one=not independent),
     }
     engine.close()
@@ -144,7 +146,8 @@ def apply(parent: Bundle, technique: Technique, target: Path, *, calibration: Ar
             parent=parent.digest,
             data=parents.data,
             code_revision=parents.code_revision,
-            environment={"engine": engine.name},
+            seeds=parents.seeds,
+            environment=environment(),
         ),
         rtol=INT8_TOLERANCE,
         atol=INT8_TOLERANCE,
@@ -227,8 +230,9 @@ class _Judge:
 
     def try_technique(self, technique: Technique) -> Candidate:
         """Make the variant, time it, and judge it on the selection rows."""
-        # Candidates are scratch: their folder bears the time, so that another try never meets them.
-        folder = self.work / f"{technique}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{self.parent.digest[:8]}"
+        # Candidates are scratch: the name is drawn anew, so that another try never meets them.
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        folder = self.work / f"{technique}-{stamp}-{secrets.token_hex(4)}"
         try:
             self.detail("quantizing")
             bundle = apply(self.parent, technique, folder, calibration=self.calibration, held_out=self.selection.inputs)

@@ -127,13 +127,13 @@ class Comparison:
     def text(self) -> str:
         """Return "beats the linear baseline by 0.031 AUC (0.027 to 0.035)", or that it does not."""
         label = METRICS[self.metric].label
+        d = self.difference
         if self.beats:
-            return f"beats {self.baseline_name} by {self.difference.text(label)}"
-        if self.difference.high < 0:
-            d = self.difference
+            return f"beats {self.baseline_name} by {d.text(label)}"
+        if d.high < 0:
             behind = Interval(-d.value, -d.high, -d.low, d.confidence)
             return f"is worse than {self.baseline_name} by {behind.text(label)}"
-        return f"cannot be told from {self.baseline_name}: better by {self.difference.text(label)}"
+        return f"cannot be told from {self.baseline_name}: the difference is {d.text(label)}, more than 0 being better"
 
     def to_json(self) -> dict[str, Any]:
         """Return every field as plain JSON values."""

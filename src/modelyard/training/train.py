@@ -4,16 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec import structs
+from numpy.typing import NDArray
 
 from modelyard.bundle.format import Bundle
 from modelyard.bundle.manifest import Lineage, Targets
+from modelyard.errors import ConfigError
 from modelyard.metering import Meter, Metered
-from modelyard.metrics import Answers, default_metric
+from modelyard.metrics import Answers, default_metric, find_metric
 from modelyard.prices import Device
+from modelyard.provenance import code_revision, environment
 from modelyard.training.builders import BUILDERS, Job, encoded_targets, fit_linear
 from modelyard.training.data import Dataset
 from modelyard.training.evaluate import Comparison, Evaluation, compare, evaluate
@@ -21,8 +24,10 @@ from modelyard.training.export import Proof, export, write
 from modelyard.training.fit_config import FitConfig
 from modelyard.training.models import ModelConfig
 from modelyard.training.preprocess import Preprocessor, fit_preprocessor
-from modelyard.training.provenance import code_revision, environment
 from modelyard.training.watch import Watch
+
+if TYPE_CHECKING:
+    from modelyard.training.fit import FitResult
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def train(
     train_rows, held_out = dataset.take(split.train), dataset.take(split.test)
     truth = dataset.label[split.test]
     metric = targets.metric or default_metric(dataset.task, dataset.classes)
+    _check_targets(targets, metric, dataset, truth)
 
     watch.step("preprocess")
     preprocessor = fit_preprocessor(dataset.specs, train_rows)
@@ -78,9 +84,13 @@ def train(
     builder = BUILDERS[model.kind]
     pipeline, fitted = builder(Job(dataset, preprocessor, model, fit_config, meter, checkpoint, root, watch))
     before = fitted.spent_before if fitted else None
+    if fitted:
+        watch.detail(_how_it_ended(fitted, fit_config))
 
     watch.step("export, prove no skew")
     exported = export(pipeline, dataset.specs, held_out, progress=watch.detail)
+    # What follows tells about the model and is no part of making it.
+    spent = meter.read() if before is None else before + meter.read()
     answers = replace(pipeline.predict(held_out), positive=targets.positive)
     watch.step("baselines")
     baselines = _baselines(dataset, preprocessor, held_out, watch)
@@ -94,7 +104,6 @@ def train(
         )
         for kind, baseline in baselines.items()
     )
-    spent = meter.read() if before is None else before + meter.read()
     watch.step("write the bundle")
     lineage = Lineage(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -119,6 +128,33 @@ def train(
         description=description,
     )
     return Trained(bundle, evaluation, comparisons, exported.proof, spent, fitted.resumed_at if fitted else None)
+
+
+def _check_targets(targets: Targets, metric: str, dataset: Dataset, truth: NDArray[Any]) -> None:
+    """Find out before the fit, not after it, that its result could not be scored."""
+    try:
+        find_metric(metric, dataset.task)
+    except ConfigError as exc:
+        raise ConfigError(f"[targets] metric = {metric!r} for {dataset.task} of {dataset.label_name!r}: {exc}") from exc
+    if targets.positive is not None and targets.positive not in dataset.classes:
+        raise ConfigError(
+            f"[targets] positive = {targets.positive!r}: the classes of {dataset.label_name!r} are {list(dataset.classes)}; name one"
+        )
+    missing = sorted(set(dataset.classes) - set(truth.tolist()), key=str)
+    if metric == "auc" and missing:
+        raise ConfigError(
+            f"[targets] metric = 'auc': no test row has the class {missing[0]!r}, so there is nothing to rank; raise test in [split], "
+            "split at random, or take another metric"
+        )
+
+
+def _how_it_ended(fitted: "FitResult", config: FitConfig) -> str:
+    score = f"score {fitted.best_score:.4f} on the validation rows at the lowest loss"
+    if fitted.stopped_early:
+        return (
+            f"stopped at epoch {fitted.epochs_run} of {config.epochs}, {config.patience} without a lower loss; {score}"
+        )
+    return f"{fitted.epochs_run} epochs; {score}"
 
 
 def _takes_gpu(model: ModelConfig) -> bool:

@@ -15,7 +15,7 @@ from modelyard.metering import Meter
 from modelyard.prices import load_prices
 from modelyard.training.export import Export, prove_no_skew, run_graph, write
 from modelyard.training.importers._base import Imported, Task
-from modelyard.training.provenance import environment
+from modelyard.provenance import environment
 
 N_INDEPENDENCE = 16
 """Samples that are asked alone and among others."""
