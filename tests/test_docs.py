@@ -18,8 +18,10 @@ from typing import Any
 
 import click
 import msgspec
+import numpy as np
 import pytest
 from msgspec import structs
+from onnx import TensorProto, helper
 
 from modelyard import errors
 from modelyard.cli.config import Yard, load_yard
@@ -33,7 +35,7 @@ DOCS = ROOT / "docs"
 FIXTURE = ROOT / "tests" / "fixtures" / "bundle-v1"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 SERVER = "localhost:8000"
-"""Where examples expect a server with the fixture as model "late"."""
+"""Where examples expect a server with the fixture as model "late", and a model of images "digits"."""
 OPTIONAL = ("lightgbm", "pandas", "sklearn", "torch", "tritonclient")
 
 
@@ -274,11 +276,30 @@ def test_every_toml_example_is_read_by_the_real_loader(block: Block, tmp_path: P
 # Python and HTTP
 
 
+def brightest_pixel(path: Path) -> None:
+    """Write a model of images of 28 × 28 bytes, whose label is the place of the first of the brightest pixels."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["pixels"], ["scores"]),
+        helper.make_node("ArgMax", ["scores"], ["label"], axis=1, keepdims=0),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", 28, 28, 1])
+    label = helper.make_tensor_value_info("label", TensorProto.INT64, ["n"])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 784])
+    graph = helper.make_graph(nodes, "brightest", [image], [label, scores])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    path.write_bytes(model.SerializeToString())
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server with the fixture as its model; yields host:port."""
-    store = tmp_path_factory.mktemp("docs") / "store"
+    """A real server with both models; yields host:port."""
+    folder = tmp_path_factory.mktemp("docs")
+    store = folder / "store"
     shutil.copytree(FIXTURE, store / "late" / "1")
+    brightest_pixel(folder / "digits.onnx")
+    importing = ["import", str(folder / "digits.onnx"), "--name", "digits", "--store", str(store)]
+    subprocess.run([sys.executable, "-m", "modelyard", *importing], check=True, capture_output=True)
     command = [sys.executable, "-m", "modelyard", "serve", str(store), "--port", "0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -304,6 +325,8 @@ def test_python_examples_run(
             pytest.importorskip(package)
     address = request.getfixturevalue("server") if any(SERVER in block.text for block in found) else SERVER
     shutil.copytree(FIXTURE, tmp_path / "bundle")
+    if any('Path("pictures")' in block.text for block in found):
+        picture(tmp_path / "pictures" / "three.png")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "example"}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
@@ -317,6 +340,16 @@ def test_python_examples_run(
         runner.run(example, out=report.append, clear_globs=False)
         names.update(example.globs)
         assert not report, "".join(report)
+    if (tmp_path / "pictures").is_dir():
+        assert names["labels"] == [3]
+
+
+def picture(path: Path) -> None:
+    """Save a picture of 28 × 28 with one bright pixel, the fourth."""
+    pixels = np.zeros((28, 28), dtype=np.uint8)
+    pixels[0, 3] = 255
+    path.parent.mkdir()
+    pytest.importorskip("PIL.Image").fromarray(pixels).save(path)
 
 
 def curls() -> list[Any]:

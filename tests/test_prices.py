@@ -49,15 +49,15 @@ def test_an_override_replaces_by_id_and_keeps_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (CORE + 'colour = "red"\n', r"ours\.toml: device\[0\]: .*unknown field `colour`.*; correct this field"),
+        (CORE + 'colour = "red"\n', r"ours\.toml: device\[0\]: .*unknown key 'colour'.*; correct this field"),
         (
             CORE.replace("3.6", "-3.6"),
-            r"device\[0\]\.price_usd_per_hour: expected `float` >= 0.*, got -3\.6; correct this field",
+            r"device\[0\]\.price_usd_per_hour: must be a number of at least 0.*, got -3\.6; correct this field",
         ),
-        (CORE.replace('"ours"', "5"), r"device\[0\]\.description: expected `str`, got `int`, got 5"),
-        (CORE.replace("idle_power_w = 2.0", ""), r"device\[0\]: .*missing required field `idle_power_w`"),
+        (CORE.replace('"ours"', "5"), r"device\[0\]\.description: must be text, got 5"),
+        (CORE.replace("idle_power_w = 2.0", ""), r"device\[0\]: .*the key 'idle_power_w' is missing"),
         ("[[device]\n", r"ours\.toml: not valid TOML: .*; correct the line it names"),
-        ("", r"the top level: .*missing required field `device`"),
+        ("", r"the top level: the key 'device' is missing"),
     ],
 )
 def test_a_wrong_price_file_is_told_by_field_value_and_remedy(tmp_path: Path, text: str, message: str) -> None:

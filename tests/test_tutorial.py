@@ -19,9 +19,9 @@ def free_port() -> int:
 
 def test_every_command_of_the_tutorial_works(tmp_path: Path) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```", TUTORIAL.read_text(), re.DOTALL | re.MULTILINE)
-    # The PATH is this test's own, and the port is free here where 8000 may not be.
+    # The PATH is this test's own, and the port is free here where 8123 may not be.
     steps = [block for block in blocks if "export PATH" not in block]
-    script = "set -eum\n" + "\n".join(steps).replace("8000", str(free_port()))
+    script = "set -eum\n" + "\n".join(steps).replace("8123", str(free_port()))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     done = subprocess.run(

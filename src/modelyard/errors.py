@@ -71,9 +71,11 @@ class ConfigError(ModelyardError, ValueError):
 class MissingExtra(ModelyardError, ImportError):
     """An optional package is not installed."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, extra: str, purpose: str, *, alone: bool = False) -> None:
+        """`alone`: the package by itself is enough, as where the bare install only needs it to read one kind of file."""
+        install = package if alone else f"'modelyard[{extra}]'"
         super().__init__(
-            f"{purpose} needs {package}, which is not installed; run: pip install 'modelyard[{extra}]'",
+            f"{purpose} needs {package}, which is not installed; run: pip install {install}",
             package=package,
             extra=extra,
         )

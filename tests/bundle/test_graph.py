@@ -133,6 +133,43 @@ def test_the_first_open_axis_is_the_batch_and_others_keep_their_names(tmp_path: 
     assert read["branching"].domains == {"ai.onnx", "ours", "com.microsoft"}
 
 
+def two_inputs(x: str | int | None, w: str | int | None, y: str | int | None) -> onnx.ModelProto:
+    """y = x times w, with first axes of these names."""
+    inputs = [VALUE("x", TensorProto.FLOAT, [x, 2]), VALUE("w", TensorProto.FLOAT, [w, 2, 2])]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "two", inputs, [VALUE("y", TensorProto.FLOAT, [y, "k", 2])]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+@pytest.mark.parametrize(
+    ("axes", "read_as"),
+    [
+        (("N", "N", "anything"), ("batch", "batch", "batch")),
+        ((None, "N", None), ("batch", "batch", "batch")),
+        ((None, None, "N"), ("batch", "batch", "batch")),
+        (("N", 4, "M"), ("batch", 4, "batch")),
+        (("N", "M", "M"), ("N", "M", "M")),
+        (("N", "M", None), ("N", "M", "axis_0")),
+        (("batch", "M", "batch"), ("axis_0", "M", "axis_0")),
+    ],
+)
+def test_inputs_that_name_their_first_axes_differently_share_no_batch(
+    tmp_path: Path, axes: tuple[str | int | None, ...], read_as: tuple[str | int, ...]
+) -> None:
+    onnx.save(two_inputs(*axes), tmp_path / "model.onnx")
+    signature = read_graph(tmp_path / "model.onnx").signature
+    assert tuple(shape[0] for shape in shapes(signature)) == read_as
+    assert any(spec.batched for spec in (*signature.inputs, *signature.outputs)) == ("batch" in read_as)
+
+
+@pytest.mark.parametrize("size", [-1, 2**31, 2**40])
+def test_an_axis_that_no_manifest_can_hold_is_refused(tmp_path: Path, size: int) -> None:
+    onnx.save(two_inputs("N", size, "N"), tmp_path / "model.onnx")
+    with pytest.raises(SignatureMismatch, match=f"model.onnx: axis 0 of input 'w' is {size}.*a name for an axis"):
+        read_graph(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(
     ("value", "remedy"),
     [

@@ -230,6 +230,18 @@ def test_field_that_breaks_the_schema(bundle: Path, edit: Edit, field: str) -> N
     assert field in str(error)
 
 
+@pytest.mark.parametrize("time", ["", "yesterday", "2026-13-01T00:00:00", "1767225600", "2026-01-01T00:00:00+99:00"])
+def test_time_that_is_none(bundle: Path, time: str) -> None:
+    sign(bundle, lambda data: data["lineage"].update(created_at=time))
+    error = refused(MalformedManifest, "bundle.json: lineage.created_at", "correct this field", bundle)
+    assert error.field == "lineage.created_at"
+
+
+def test_metric_of_a_later_version_does_not_keep_a_bundle_from_being_read(bundle: Path) -> None:
+    sign(bundle, lambda data: data.update(targets={"metric": "metric-of-2040"}))
+    read_everything(bundle)
+
+
 @pytest.mark.parametrize("listed", ["bundle.json", "profile.json"])
 def test_file_that_must_not_be_listed(bundle: Path, listed: str) -> None:
     sign(bundle, lambda data: data["files"].append({"path": listed, "size_bytes": 1, "sha256": BLANK}))
@@ -583,6 +595,69 @@ def test_signature_that_is_not_the_graphs(bundle: Path, edit: Edit) -> None:
     refused(SignatureMismatch, str(bundle), "write the bundle again", bundle)
 
 
+def scored_model() -> bytes:
+    """Return a model of "x" (n, 3) with "scores" (n, 3), fixed, "open" (n, ?) and "label" (n,)."""
+    value, node = helper.make_tensor_value_info, helper.make_node
+    graph = helper.make_graph(
+        [
+            node("Softmax", ["x"], ["scores"]),
+            node("Identity", ["x"], ["open"]),
+            node("ArgMax", ["x"], ["label"], axis=1, keepdims=0),
+        ],
+        "scored",
+        [value("x", TensorProto.FLOAT, ["n", 3])],
+        [
+            value("scores", TensorProto.FLOAT, ["n", 3]),
+            value("open", TensorProto.FLOAT, ["n", "k"]),
+            value("label", TensorProto.INT64, ["n"]),
+        ],
+    )
+    raw: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    return raw
+
+
+def with_labels(path: Path, **labels: list[str]) -> Path:
+    """Put the scored model in the place of the bundle's own, with these labels; only the manifest and the graph are read."""
+    (path / "model.onnx").write_bytes(scored_model())
+    outputs: list[dict[str, Any]] = [
+        {"name": "scores", "datatype": "FP32", "shape": ["batch", 3]},
+        {"name": "open", "datatype": "FP32", "shape": ["batch", "k"]},
+        {"name": "label", "datatype": "INT64", "shape": ["batch"]},
+    ]
+    for output in outputs:
+        output |= {"labels": labels[output["name"]]} if output["name"] in labels else {}
+    inputs = [{"name": "x", "datatype": "FP32", "shape": ["batch", 3]}]
+    sign(path, lambda data: data.update(signature={"inputs": inputs, "outputs": outputs}))
+    return path
+
+
+ABC = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "output", "remedy"),
+    [
+        ({"scores": ["a", "b", "a"]}, "scores", "name every class once"),
+        ({"label": ["1", 1]}, "label", "name every class once"),
+        ({"label": []}, "label", "name every class once"),
+        ({"scores": ["a", "b"]}, "scores", "one label per column"),
+        ({"scores": ["a", "b", "c", "d"]}, "scores", "one label per column"),
+        ({"scores": ABC, "label": ["c", "b", "a"]}, "label", "the same labels in the same order"),
+        ({"scores": ABC, "open": ["a", "b"]}, "open", "the same labels in the same order"),
+    ],
+)
+def test_class_labels_that_contradict_each_other(
+    bundle: Path, labels: dict[str, list[str]], output: str, remedy: str
+) -> None:
+    error = refused(SignatureMismatch, "bundle.json", remedy, with_labels(bundle, **labels))
+    assert (error.output, f"'{output}'" in str(error)) == (output, True)
+
+
+@pytest.mark.parametrize("labels", [{}, {"scores": ABC}, {"open": ABC, "label": ABC}, {"open": ["a"], "label": ["a"]}])
+def test_class_labels_that_agree_are_fine(bundle: Path, labels: dict[str, list[str]]) -> None:
+    read_bundle(with_labels(bundle, **labels))
+
+
 def test_fewer_cases_than_announced(bundle: Path) -> None:
     sign(bundle, lambda data: data["cases"].update(n_samples=7))
     refused(SignatureMismatch, "cases.npz", "write the bundle again", bundle)
@@ -614,6 +689,23 @@ def archive(members: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STO
 @pytest.mark.parametrize("raw", [b"", b"garbage", b"PK\x05\x06", b"PK\x03\x04" * 20])
 def test_archive_that_is_none(bundle: Path, file: str, raw: bytes) -> None:
     refused(UnsafeArchive, file, "fetch the bundle again", replaced(bundle, file, raw))
+
+
+@pytest.mark.parametrize("before", [b"#!/bin/sh\nexit\n", b"PK\x03\x04" + bytes(40)], ids=["script", "like-a-member"])
+def test_archive_behind_a_file_of_another_kind(bundle: Path, before: bytes) -> None:
+    for file in ("cases.npz", "reference.npz"):
+        plain = (bundle / file).read_bytes()
+        path = replaced(bundle, file, before + plain)
+        with zipfile.ZipFile(path / file) as found:
+            assert found.testzip() is None  # a reader of zips minds nothing
+        error = refused(UnsafeArchive, file, "write the archive again", path)
+        assert "before the archive" in str(error)
+        replaced(bundle, file, plain)
+
+
+def test_empty_archive_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(archive([]))
+    assert read_npz(tmp_path / "a.npz") == {}
 
 
 def test_decompression_bomb(bundle: Path) -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from modelyard.bundle.cases import CaseSet
 from modelyard.bundle.format import Bundle, write_bundle
+from modelyard.bundle.jsonfile import write_digested
 from modelyard.bundle.store import LocalStore
 from modelyard.cli.main import cli
 from modelyard.errors import GoldenCaseFailed, TruncatedFile
@@ -148,3 +149,33 @@ def test_help_has_a_description(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert not command or "Examples:" in result.stdout
+
+
+FORGED = "fine\n  ok  answers\x1b[2K\x9b1A\u202e"
+
+
+def test_text_of_a_bundle_moves_no_cursor_and_forges_no_lines(tmp_path: Path) -> None:
+    from msgspec import structs
+
+    content = late_content()
+    lineage = structs.replace(content.lineage, notes=(FORGED,), made_by=FORGED, environment={FORGED: FORGED})
+    inputs = (
+        structs.replace(content.signature.inputs[0], unit=FORGED, description=FORGED),
+        content.signature.inputs[1],
+    )
+    signature = structs.replace(content.signature, inputs=inputs)
+    bundle = write_bundle(tmp_path / "b", replace(content, description=FORGED, lineage=lineage, signature=signature))
+    for ran in (process("show", bundle.path), process("show", bundle.path, "--json"), process("diff", V1, bundle.path)):
+        assert "ok  answers" in ran.stdout
+        assert not {"\x1b", "\x9b", "\u202e"} & set(ran.stdout)
+        assert not any(line.startswith("  ok  answers") for line in ran.stdout.splitlines())
+
+
+def test_an_error_that_quotes_a_bundle_stays_on_its_line(tmp_path: Path) -> None:
+    bundle = late_bundle(tmp_path / "b")
+    data = json.loads((bundle.path / "bundle.json").read_text())
+    write_digested(bundle.path / "bundle.json", data | {FORGED: 1})
+    ran = process("show", bundle.path)
+    assert ran.returncode == 2
+    assert len(ran.stderr.splitlines()) == 1
+    assert not {"\x1b", "\x9b", "\u202e"} & set(ran.stderr)

@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
+from modelyard.bundle.cases import CaseSet
+from modelyard.bundle.format import BundleContent, write_bundle
+from modelyard.bundle.manifest import Lineage, Signature, TensorSpec
+from modelyard.bundle.reference import summarise
 from modelyard.testing.bundles import late_bundle, late_cases
 
 CSV = """delay,origin,dest,label
@@ -53,7 +58,7 @@ def test_csv_in_csv_out_with_extra_columns_left_out_and_named(bundle: Path, tmp_
     header, *lines = done.stdout.splitlines()
     assert header == "probability,label"
     assert [line.split(",")[1] for line in lines] == LABELS
-    assert "does not take dest, label" in done.stderr
+    assert "left out what the model does not take: dest, label" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["list.json", "instances.json", "rows.jsonl", "arrays.npz", "table.parquet"])
@@ -168,3 +173,121 @@ def test_a_missing_bundle_or_file_is_named(bundle: Path, tmp_path: Path) -> None
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert "no-" in done.stderr
+
+
+def doubling(path: Path, datatype: Any, *row_shape: int) -> Path:
+    """A bundle whose model doubles its one input "X"."""
+    names = {"FP32": 1, "UINT8": 2}
+    specs = [TensorSpec(name=name, datatype=datatype, shape=("batch", *row_shape)) for name in ("X", "Y")]
+    infos = [helper.make_tensor_value_info(spec.name, names[datatype], ["batch", *row_shape]) for spec in specs]
+    graph = helper.make_graph([helper.make_node("Add", ["X", "X"], ["Y"])], "doubling", infos[:1], infos[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    x = np.ones((2, *row_shape), dtype=specs[0].numpy_dtype)
+    signature, cases = Signature(inputs=(specs[0],), outputs=(specs[1],)), CaseSet({"X": x}, {"Y": x + x})
+    content = BundleContent(
+        name="doubling",
+        task="other",
+        signature=signature,
+        model=model.SerializeToString(),
+        cases=cases,
+        reference=summarise(cases.inputs, cases.outputs, signature),
+        cases_origin="samples",
+        lineage=Lineage(created_at="2026-11-24T00:00:00+00:00", made_by="import"),
+    )
+    return write_bundle(path, content).path
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet"])
+def test_columns_are_the_rows_of_a_model_that_takes_one_matrix(tmp_path: Path, kind: str) -> None:
+    """In the file's order, with a note."""
+    rows = [{"b": 1.0, "a": 2.0, "c": 3.0}, {"b": 4.0, "a": 5.5, "c": 6.0}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        path.write_text("b,a,c\n1,2,3\n4,5.5,6\n")
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    done = predict(doubling(tmp_path / "bundle", "FP32", 3), path, "--format", "jsonl")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["Y"] for line in done.stdout.splitlines()] == [[2, 4, 6], [8, 11, 12]]
+    assert "note: 'X' is made of the columns in their order: b, a, c" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "rows.csv",
+            "a,b,c,left\n1,2,3,no\n",
+            "this model takes one matrix of 3 numbers per row ('X'); the file has 4 columns: a, b, c, left; give 3 numeric "
+            "columns or a .npy of shape (rows, 3)",
+        ),
+        ("rows.csv", "a\n1\n", "the file has 1 column: a; give 3"),
+        ("rows.csv", "a,b,c\n1,two,3\n", "line 2, column 'X'[1] must be a finite number (FP32), got 'two'"),
+        (
+            "rows.json",
+            '[{"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2, "d": 3}]',
+            "row 1: has the columns a, b, d, the first row",
+        ),
+    ],
+)
+def test_columns_that_are_no_row_of_the_matrix_are_refused(tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / name).write_text(text)
+    done = predict(doubling(tmp_path / "bundle", "FP32", 3), tmp_path / name)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_images_may_lack_their_channel_axis(tmp_path: Path) -> None:
+    images = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3)
+    np.save(tmp_path / "images.npy", images)
+    done = predict(doubling(tmp_path / "bundle", "UINT8", 4, 3, 1), tmp_path / "images.npy")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line)["Y"] for line in done.stdout.splitlines()]
+    assert answers == (images * 2).reshape(2, 4, 3, 1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["folder", "image.png"])
+def test_images_are_told_how_they_become_rows(tmp_path: Path, kind: str) -> None:
+    """And what is told works."""
+    pillow = pytest.importorskip("PIL.Image")
+    bundle = doubling(tmp_path / "bundle", "UINT8", 4, 3, 1)
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+    else:
+        pillow.fromarray(np.full((8, 6, 3), 7, dtype=np.uint8)).save(path)
+    done = predict(bundle, path)
+    assert done.returncode == 2
+    said, _, code = done.stderr.strip().partition(" is made of images by: ")
+    assert f"{kind}: is a{' folder' if kind == 'folder' else 'n image'}; give one file of rows" in said
+    assert said.endswith("An .npy of shape (rows, 4, 3, 1)")
+    if kind == "image.png":
+        script = f"paths = ['image.png']; {code}"
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+        done = predict(bundle, tmp_path / "images.npy")
+        assert json.loads(done.stdout)["Y"] == np.full((4, 3, 1), 14).tolist()
+
+
+def test_a_missing_value_where_training_had_none_is_told_so(tmp_path: Path) -> None:
+    bundle = doubling(tmp_path / "bundle", "FP32", 1)
+    (tmp_path / "rows.csv").write_text('X\n1\n""\n')
+    done = predict(bundle, tmp_path / "rows.csv")
+    assert done.returncode == 2
+    assert "column 'X' is missing and may not be, since the model never saw missing values there" in done.stderr
+
+
+def test_parquet_without_pyarrow_asks_for_pyarrow_alone(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    script = (
+        "import sys; sys.modules['pyarrow'] = None; from modelyard.cli.main import main; "
+        f"sys.argv = ['modelyard', 'predict', {str(doubling(tmp_path / 'bundle', 'FP32', 3))!r}, "
+        f"{str(tmp_path / 'rows.parquet')!r}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("pip install pyarrow")

@@ -75,7 +75,8 @@ def check_array(array: NDArray[Any], spec: TensorSpec, source: str) -> None:
     )
     if not fits or not shape_fits:
         raise SignatureMismatch(
-            f"{source}: {array.dtype} of shape {array.shape} does not fit {spec.name!r}, {spec.datatype} {list(spec.shape)}"
+            f"{source}: {array.dtype} of shape {array.shape} does not fit {spec.name!r}, {spec.datatype} {list(spec.shape)}; "
+            "write it as the signature says, or say in the signature what it is"
         )
 
 
@@ -96,9 +97,10 @@ def check_cases(cases: CaseSet, expected: Cases, signature: Signature, run: Run,
         wrong = differing_rows(wanted, got, rtol=expected.rtol, atol=expected.atol)
         if wrong.size:
             row = int(wrong[0])
+            should, computes = (np.atleast_1d(array)[row : row + 1] for array in (wanted, got))
             raise GoldenCaseFailed(
-                f"{source}: golden case {row} of {cases.n_samples}: output {spec.name!r} should be {_short(wanted[row])}, this machine "
-                f"computes {_short(got[row])} ({wrong.size} cases differ; rtol {expected.rtol}, atol {expected.atol}); do not serve "
+                f"{source}: golden case {row} of {cases.n_samples}: output {spec.name!r} should be {_short(should)}, this machine "
+                f"computes {_short(computes)} ({wrong.size} cases differ; rtol {expected.rtol}, atol {expected.atol}); do not serve "
                 "this bundle here: use its parent, or compress again on this kind of processor",
                 row=row,
                 output=spec.name,
@@ -108,7 +110,7 @@ def check_cases(cases: CaseSet, expected: Cases, signature: Signature, run: Run,
 def differing_rows(wanted: NDArray[Any], got: NDArray[Any], *, rtol: float, atol: float) -> NDArray[np.intp]:
     """Return the indices of rows that differ: by tolerance for floats (NaN equals NaN), exactly otherwise."""
     if wanted.shape != got.shape:
-        return np.arange(max(1, len(wanted)))
+        return np.arange(max(1, len(np.atleast_1d(wanted))))
     if wanted.dtype.kind == "f":
         same = np.isclose(got, wanted, rtol=rtol, atol=atol, equal_nan=True)
     else:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from modelyard.schema import convert, to_builtins
 
 MANIFEST, MODEL, CASES, REFERENCE, PROFILE = "bundle.json", "model.onnx", "cases.npz", "reference.npz", "profile.json"
 REQUIRED_FILES = (MODEL, CASES, REFERENCE)
+_FLOATS = ("FP16", "BF16", "FP32", "FP64")
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,7 @@ def read_bundle(path: Path, *, allow_domains: Iterable[str] = (), limits: Limits
         path / MODEL, listed=[entry.path for entry in manifest.files], extra_domains=allowed, limits=limits
     )
     _check_signature(manifest.signature, graph.signature, path)
+    _check_labels(manifest.signature, path)
     return Bundle(path=path, manifest=manifest, graph=graph, limits=limits)
 
 
@@ -256,8 +259,20 @@ def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
             format_version=version,
         )
     manifest = convert(data, Manifest, source=str(path / MANIFEST), error=MalformedManifest)
+    _check_time(manifest.lineage.created_at, path)
     _check_files(manifest, path, limits)
     return manifest
+
+
+def _check_time(created_at: str, path: Path) -> None:
+    try:
+        datetime.fromisoformat(created_at)
+    except ValueError as exc:
+        raise MalformedManifest(
+            f"{path / MANIFEST}: lineage.created_at must be a time in ISO 8601, such as 2026-01-31T12:00:00+00:00, got "
+            f"{created_at[:80]!r}; correct this field and try again",
+            field="lineage.created_at",
+        ) from exc
 
 
 def _check_files(manifest: Manifest, path: Path, limits: Limits) -> None:
@@ -304,6 +319,38 @@ def _check_signature(declared: Signature, found: Signature, path: Path) -> None:
                     f"{path}: signature.{role}: {mine.name!r} is {mine.datatype} {list(mine.shape)}, the graph has "
                     f"{graphs.datatype} {list(graphs.shape)}; write the bundle again"
                 )
+
+
+def _check_labels(signature: Signature, path: Path) -> None:
+    """Class labels are distinct, one for each column of scores, and the same wherever an output has some.
+
+    Which metric `targets` names is not looked at: a later version may know more of them, and whoever computes one says so.
+    """
+    first: TensorSpec | None = None
+    for spec in (spec for spec in signature.outputs if spec.labels is not None):
+        labels, where = spec.labels or (), f"{path / MANIFEST}: signature.outputs: {spec.name!r}"
+        if not labels or len({str(label) for label in labels}) != len(labels):
+            raise SignatureMismatch(
+                f"{where} must have distinct labels, got {_short(labels)}; name every class once", output=spec.name
+            )
+        n_columns = spec.shape[1] if len(spec.shape) == 2 and spec.datatype in _FLOATS else len(labels)
+        if isinstance(n_columns, int) and n_columns != len(labels):
+            raise SignatureMismatch(
+                f"{where} has {n_columns} columns of scores and {len(labels)} labels; give one label per column",
+                output=spec.name,
+            )
+        if first is not None and labels != first.labels:
+            raise SignatureMismatch(
+                f"{where} has the labels {_short(labels)}, {first.name!r} has {_short(first.labels)}; give both the same labels in "
+                "the same order",
+                output=spec.name,
+            )
+        first = first or spec
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _shape_fits(mine: TensorSpec, graphs: TensorSpec) -> bool:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from modelyard.bundle.limits import DEFAULT_LIMITS, Limits
 from modelyard.bundle.manifest import ALLOWED_DOMAINS, BATCH, NUMPY_DTYPES, Signature, TensorSpec
 from modelyard.bundle.paths import safe_relative
@@ -33,6 +35,8 @@ EXTERNAL = 1
 INT64 = 7
 """TensorProto.DataType of shapes."""
 MAX_RANK = 64
+MAX_AXIS = 2**31 - 1
+"""The longest axis that a manifest can hold."""
 _SMALL_BYTES = 2**22  # cannot unpack to much, whatever is in it
 
 # TensorProto.DataType: number → (our datatype or None where a signature cannot carry it, bits per element).
@@ -163,10 +167,7 @@ class _Reader:
                 f"{self.path}: the graph has no inputs or no outputs; nothing can be served from it"
             )
         return Graph(
-            signature=Signature(
-                inputs=tuple(self.tensor_spec(value, "input") for value in inputs),
-                outputs=tuple(self.tensor_spec(value, "output") for value in model.graph.output),
-            ),
+            signature=self.signature(inputs, list(model.graph.output)),
             operators=dict(sorted(self.operators.items())),
             opsets={_domain(opset.domain): opset.version for opset in model.opset_import},
             weight_bytes=self.weight_bytes,
@@ -338,6 +339,17 @@ class _Reader:
             raise MalformedGraph(f"{self.path}: {name} has impossible dimensions {sizes[:9]}; export it again")
         return math.prod(sizes)
 
+    def signature(self, inputs: Iterable[Any], outputs: Iterable[Any]) -> Signature:
+        """The open first axis is the batch, unless the inputs call theirs by different names: then rows belong to no batch.
+
+        What outputs call theirs counts for nothing: converters name those as they please.
+        """
+        takes = [self.tensor_spec(value, "input") for value in inputs]
+        answers = [self.tensor_spec(value, "output") for value in outputs]
+        names = {spec.shape[0] for spec in takes if spec.shape and isinstance(spec.shape[0], str)} - {_unnamed(0)}
+        rename = _first_axis_is_batch if len(names) <= 1 else _first_axis_is_no_batch
+        return Signature(inputs=tuple(map(rename, takes)), outputs=tuple(map(rename, answers)))
+
     def tensor_spec(self, value: Any, role: str) -> TensorSpec:
         name = self.text(value.name)
         if not value.HasField("type") or not value.type.HasField("tensor_type"):
@@ -356,17 +368,20 @@ class _Reader:
             raise SignatureMismatch(
                 f"{self.path}: {role} {name!r} has no shape; export it with a shape (axes may be dynamic)"
             )
-        return TensorSpec(name=name, datatype=datatype, shape=self.axes(tensor.shape.dim))  # type: ignore[arg-type]  # from the table of datatypes
+        return TensorSpec(name=name, datatype=datatype, shape=self.axes(tensor.shape.dim, role, name))  # type: ignore[arg-type]  # from the table of datatypes
 
-    def axes(self, dims: Iterable[Any]) -> tuple[int | str, ...]:
+    def axes(self, dims: Iterable[Any], role: str, name: str) -> tuple[int | str, ...]:
         axes: list[int | str] = []
         for position, dim in enumerate(dims):
-            if dim.HasField("dim_value"):
+            if not dim.HasField("dim_value"):
+                axes.append(self.text(dim.dim_param) or _unnamed(position))
+            elif 0 <= dim.dim_value <= MAX_AXIS:
                 axes.append(dim.dim_value)
-            elif position == 0:
-                axes.append(BATCH)
             else:
-                axes.append(self.text(dim.dim_param) or f"axis_{position}")
+                raise SignatureMismatch(
+                    f"{self.path}: axis {position} of {role} {name!r} is {dim.dim_value}, and must be from 0 to {MAX_AXIS}; export the "
+                    "model again, with a name for an axis that varies"
+                )
         return tuple(axes)
 
     def text(self, raw: bytes) -> str:
@@ -374,6 +389,20 @@ class _Reader:
             return bytes(raw).decode("utf-8")
         except UnicodeDecodeError as exc:
             raise MalformedGraph(f"{self.path}: a name is not UTF-8 ({raw[:40]!r}); export it again") from exc
+
+
+def _unnamed(position: int) -> str:
+    """Return the name of an open axis that the graph gives none."""
+    return f"axis_{position}"
+
+
+def _first_axis_is_batch(spec: TensorSpec) -> TensorSpec:
+    is_open = bool(spec.shape) and isinstance(spec.shape[0], str)
+    return structs.replace(spec, shape=(BATCH, *spec.shape[1:])) if is_open else spec
+
+
+def _first_axis_is_no_batch(spec: TensorSpec) -> TensorSpec:
+    return structs.replace(spec, shape=(_unnamed(0), *spec.shape[1:])) if spec.batched else spec
 
 
 def _present(message: Any, name: str) -> Iterator[Any]:

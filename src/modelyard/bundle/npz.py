@@ -9,7 +9,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,8 @@ _DTYPE = re.compile(r"[<>|][biufU][0-9]{1,9}")
 _HEADER_LENGTH_BYTES = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}
 _MAX_HEADER_BYTES = 10_000
 _MAX_RANK = 32
+_ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
+"""What a zip begins with: its first member, or its end where it is empty."""
 
 
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -48,8 +50,9 @@ def read_npz(path: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, NDArray[A
             raise TooLarge(
                 f"{path}: {path.stat().st_size} bytes, the limit is {limits.max_archive_bytes}; raise the limit"
             )
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
+            _require_pure(stream, members, path)
             total = sum(member.file_size for member in members)
             if total > limits.max_archive_bytes:
                 raise TooLarge(
@@ -67,6 +70,14 @@ def read_npz(path: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, NDArray[A
         zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError, OverflowError
     ) as exc:  # fmt: skip
         raise UnsafeArchive(f"{path}: not a readable .npz archive ({exc}); fetch the bundle again") from exc
+
+
+def _require_pure(stream: IO[bytes], members: Sequence[zipfile.ZipInfo], path: Path) -> None:
+    """A zip is found from its end, so that a file of another kind may stand before it and be read as that kind elsewhere."""
+    stream.seek(0)
+    signature = stream.read(4)
+    if signature not in _ZIP_SIGNATURES or min((member.header_offset for member in members), default=0) != 0:
+        raise UnsafeArchive(f"{path}: holds other data before the archive; write the archive again")
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> NDArray[Any]:

@@ -58,7 +58,7 @@ Reference = Mapping[str, Feature]
 def summarise(
     inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]], signature: Signature
 ) -> Reference:
-    """Return the statistics of arrays that fit `signature`, first axis rows."""
+    """Return the statistics of arrays that fit `signature`, first axis rows; a bare scalar is one row."""
     reference: dict[str, Feature] = {}
     for role, specs, arrays in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
         for spec in specs:
@@ -71,8 +71,9 @@ def summarise(
 
 
 def _columns(array: NDArray[Any], labels: list[str]) -> list[tuple[str, NDArray[Any]]]:
-    rows = array.reshape(len(array), -1)
-    n_columns = rows.shape[1]
+    array = np.atleast_1d(array)
+    n_columns = math.prod(array.shape[1:])
+    rows = array.reshape(len(array), n_columns)
     if array.ndim == 1 or n_columns == 1:
         return [("", rows[:, 0])]
     if n_columns <= MAX_COLUMNS or array.dtype.kind in "OU":

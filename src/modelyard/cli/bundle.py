@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelyard.cli.terminal import printable
 from modelyard.errors import ModelyardError
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def show(path: Path, allow_domains: tuple[str, ...], as_json: bool) -> None:
 
     found = read_bundle(path, allow_domains=allow_domains)
     if as_json:
-        click.echo(json.dumps(_document(found), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(_document(found), indent=2))
     else:
-        click.echo("\n".join(_page(found)))
+        click.echo("\n".join(map(printable, _page(found))))
 
 
 @bundle.command()
@@ -80,14 +81,14 @@ def verify(paths: tuple[Path, ...], no_run: bool, allow_domains: tuple[str, ...]
             for check, detail in _checks(path, allow_domains, run=not no_run):
                 checks.append({"check": check, "detail": detail})
                 if not as_json:
-                    click.echo(f"  ok  {check}  {detail}")
+                    click.echo(printable(f"  ok  {check}  {detail}"))
             documents[-1]["ok"] = True
     except ModelyardError as exc:
         documents[-1]["error"] = {"kind": type(exc).__name__, "message": str(exc)}
         raise
     finally:
         if as_json:
-            click.echo(json.dumps({"bundles": documents}, indent=2, ensure_ascii=False))
+            click.echo(json.dumps({"bundles": documents}, indent=2))
 
 
 @bundle.command()
@@ -119,7 +120,7 @@ def diff(a: Path, b: Path, allow_domains: tuple[str, ...], as_json: bool) -> Non
         document |= {
             kind: {name: {"a": was, "b": now} for name, (was, now) in found.items()} for kind, found in pairs.items()
         }
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(document, indent=2))
     elif old.digest != new.digest:
         rows = [("digest", old.digest[:12], new.digest[:12])]
         rows += [(name, _value(was), _value(now)) for name, (was, now) in fields.items()]
@@ -278,7 +279,7 @@ def _value(value: Any) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return left-aligned columns, two blanks apart, no trailing blanks."""
-    lines = [header, *rows]
+    lines = [[printable(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 

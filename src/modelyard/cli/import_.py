@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelyard.errors import ConfigError, DataError, ModelyardError
+from modelyard.errors import ConfigError, DataError, GoldenCaseFailed, ModelyardError, SignatureMismatch
 
 if TYPE_CHECKING:
     from modelyard.bundle.cases import Arrays
+    from modelyard.bundle.format import Bundle
     from modelyard.bundle.manifest import Signature
 
 N_GENERATED = 16
 FREE_AXIS_SIZE = 8
 """Length that generated rows give to an axis the graph leaves free."""
 MAX_SAMPLES = 10_000
+MAX_GENERATED_BYTES = 64 * 2**20
 
 
 @click.command(name="import")
@@ -125,7 +127,8 @@ def _write(
 
     graph = read_graph(file, extra_domains=allow_domains)
     signature = _labelled(graph.signature, labels)
-    inputs = _generated(signature) if samples is None else _read(samples, signature)
+    _require_values(signature, file)
+    inputs = _generated(signature, file) if samples is None else _read(samples, signature)
     signature = _nullable(signature, inputs)
     engine = OnnxRuntimeEngine(file)
     try:
@@ -136,6 +139,7 @@ def _write(
         raise DataError(
             f"{file}: the model does not take generated rows ({exc}); give rows of its own with --samples"
         ) from exc
+    _require_fit(outputs, inputs, signature, file)
     batched = all(spec.batched for spec in (*signature.inputs, *signature.outputs))
     independent = not batched or rows_independent(
         engine.run, {key: array[:N_GENERATED] for key, array in inputs.items()}
@@ -168,12 +172,73 @@ def _write(
         ),
     )
     engine.close()
+    _require_same_again(bundle, file)
     return {
         "digest": bundle.digest,
         "cases": bundle.manifest.cases.origin,
         "n_cases": bundle.manifest.cases.n_samples,
         "rows_independent": independent,
     }
+
+
+def _require_values(signature: "Signature", file: Path) -> None:
+    """Refuse tensors that can hold nothing, and an answer to all rows at once."""
+    takes_rows = any(spec.batched for spec in signature.inputs)
+    for role, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        for spec in specs:
+            if 0 in spec.shape:
+                raise SignatureMismatch(
+                    f"{file}: {role} {spec.name!r} has the shape {list(spec.shape)}, which holds no values; export the model again, "
+                    "with a name for an axis that varies"
+                )
+            if role == "output" and takes_rows and not spec.shape:
+                raise SignatureMismatch(
+                    f"{file}: output {spec.name!r} is one number for all rows; export the model with one answer per row, without "
+                    "losses and totals"
+                )
+
+
+def _require_fit(outputs: "Arrays", inputs: "Arrays", signature: "Signature", file: Path) -> None:
+    """Refuse a graph that answers otherwise than it declares."""
+    from modelyard.bundle.cases import check_array
+
+    n_rows = {len(inputs[spec.name]) for spec in signature.inputs if spec.batched}
+    for spec in signature.outputs:
+        answer = outputs[spec.name]
+        try:
+            check_array(answer, spec, f"{file}: output {spec.name!r}")
+        except SignatureMismatch as exc:
+            raise SignatureMismatch(
+                f"{file}: output {spec.name!r} is declared as {spec.datatype} {list(spec.shape)}, and the model answers {answer.dtype} "
+                f"of shape {list(answer.shape)}; export it again, declared as it answers"
+            ) from exc
+        if spec.batched and n_rows and len(answer) not in n_rows:
+            raise SignatureMismatch(
+                f"{file}: output {spec.name!r} has {len(answer)} rows for {max(n_rows)} rows of input; export the model with one answer "
+                "per row"
+            )
+
+
+def _require_same_again(bundle: "Bundle", file: Path) -> None:
+    """Open the bundle as a server would; remove it if its own golden cases fail, for no machine could serve it."""
+    import shutil
+
+    from modelyard.inference.runtime._base import open_engine
+
+    try:
+        open_engine(bundle).close()
+    except GoldenCaseFailed as exc:
+        shutil.rmtree(bundle.path)
+        if "timeout_s" in exc.facts:
+            raise
+        raise GoldenCaseFailed(
+            f"{file}: the model answers the same rows differently each time (output {exc.facts.get('output')!r}), so that no machine "
+            "could check it; export it without random operators such as dropout, or widen --rtol and --atol if it only rounds",
+            **exc.facts,
+        ) from exc
+    except BaseException:
+        shutil.rmtree(bundle.path, ignore_errors=True)
+        raise
 
 
 def _split_labels(labels: str | None) -> tuple[str, ...]:
@@ -232,17 +297,28 @@ def _read(samples: Path, signature: "Signature") -> "Arrays":
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _generated(signature: "Signature", seed: int = 0) -> "Arrays":
+def _generated(signature: "Signature", file: Path, seed: int = 0) -> "Arrays":
     """Make rows that fit the signature: normal floats, small integers, any pixels, short words."""
+    import math
+
     import numpy as np
 
+    shapes = {}
+    for spec in signature.inputs:
+        row = [FREE_AXIS_SIZE if isinstance(axis, str) else axis for axis in spec.row_shape]
+        shapes[spec.name] = [N_GENERATED, *row] if spec.batched else row
+    n_bytes = sum(math.prod(shapes[spec.name]) * spec.numpy_dtype.itemsize for spec in signature.inputs)
+    if n_bytes > MAX_GENERATED_BYTES:
+        raise DataError(
+            f"{file}: generated rows would take {n_bytes} bytes ({', '.join(f'{name} {shape}' for name, shape in shapes.items())}), the "
+            f"limit is {MAX_GENERATED_BYTES}; give rows of its own with --samples"
+        )
     rng = np.random.default_rng(seed)
     inputs = {}
     for spec in signature.inputs:
-        row = [FREE_AXIS_SIZE if isinstance(axis, str) else axis for axis in spec.row_shape]
-        shape = [N_GENERATED, *row] if spec.batched else row
+        shape = shapes[spec.name]
         if spec.datatype == "BYTES":
-            array = rng.choice(np.array(["a", "b", "c"], dtype=object), size=shape)
+            array = np.asarray(rng.choice(np.array(["a", "b", "c"], dtype=object), size=shape), dtype=object)
         elif spec.datatype in ("FP16", "FP32", "FP64"):
             array = rng.normal(size=shape).astype(spec.numpy_dtype)
         elif spec.datatype == "BF16":
@@ -250,7 +326,7 @@ def _generated(signature: "Signature", seed: int = 0) -> "Arrays":
         else:
             most = 256 if spec.datatype == "UINT8" else 2 if spec.datatype == "BOOL" else 10
             array = rng.integers(0, most, size=shape).astype(spec.numpy_dtype)
-        inputs[spec.name] = array
+        inputs[spec.name] = np.asarray(array)  # of no axes, it would be a bare number
     return inputs
 
 

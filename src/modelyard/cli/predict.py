@@ -26,7 +26,11 @@ _PROGRESS_EVERY_S = 2.0
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Read only the first N rows.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0 is one per core.")
 @click.option(
-    "--allow-domain", "allow_domains", multiple=True, metavar="D", help="Consent to operators of this ONNX domain."
+    "--allow-domain",
+    "allow_domains",
+    multiple=True,
+    metavar="D",
+    help="Consent to operators of this ONNX domain; repeat for more.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document: the predictions, or with --output a summary."
@@ -45,8 +49,8 @@ def predict(
     """Answer the rows of FILE with BUNDLE, a bundle's folder such as STORE/NAME/VERSION.
 
     FILE is CSV with a header (an empty cell is a missing value), JSON (a list of objects, or {"instances": [...]}), JSON
-    lines, .npy or .npz (arrays by input name), or Parquet. Columns the model does not take are left out, with a note. Long
-    files are read and answered in batches.
+    lines, .npy or .npz (arrays by input name), or Parquet. Columns the model does not take are left out, with a note. Where
+    the model takes one matrix, a table with as many columns is taken in its order. Long files are read and answered in batches.
 
     \b
     Examples:
@@ -98,7 +102,7 @@ def predict(
         _write_to_stdout(run)
     wall_s = time.monotonic() - started_s
     if rows.ignored:
-        click.echo(f"note: the model does not take {', '.join(rows.ignored)}; left out", err=True)
+        click.echo(f"note: left out what the model does not take: {', '.join(rows.ignored)}", err=True)
     if as_json:
         import orjson
 

@@ -1,7 +1,8 @@
-"""Files of rows ↔ batches, for `modelyard predict`: CSV, JSON, JSON lines, NumPy arrays, Parquet in; CSV, JSON lines out.
+"""Files of rows ↔ batches, for `modelyard predict` and `import`: CSV, JSON, JSON lines, NumPy arrays, Parquet in; CSV, JSON lines out.
 
 CSV, JSON lines and Parquet are read a batch at a time, .npy through a memory map, so that memory stays flat however long
-the file is. An error names the line, the column and the value.
+the file is. An error names the line, the column and the value. Where a model takes one matrix, a table with as many columns
+is taken as its rows.
 """
 
 import csv
@@ -12,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import click
 import numpy as np
 import orjson
+from msgspec import structs
 from numpy.typing import NDArray
 
 from modelyard.bundle.cases import check_array
@@ -24,6 +27,8 @@ from modelyard.inference.rows import rows_to_arrays
 Batch = dict[str, NDArray[Any]]
 Placed = tuple[str, Any]
 """Where a row stands, e.g. "line 7", and the row."""
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 @dataclass
@@ -36,6 +41,8 @@ class RowFile:
     limit: int | None = None
     """Read no more rows than this."""
     ignored: dict[str, None] = field(default_factory=dict)
+    _in_order: tuple[str, ...] | None = field(default=None, init=False)
+    """The file's columns where they are, in this order, the one matrix the model takes."""
 
     def batches(self) -> Iterator[Batch]:
         """Yield named arrays of up to `batch_size` rows.
@@ -48,31 +55,75 @@ class RowFile:
             ".csv": self._csv, ".json": self._json, ".jsonl": self._jsonl, ".ndjson": self._jsonl, ".parquet": self._parquet
         }  # fmt: skip
         suffix = self.path.suffix.lower()
+        known = ", ".join([*readers, ".npy", ".npz"])
+        if self.path.is_dir():
+            raise DataError(f"{self.path}: is a folder; give one file of rows, one of {known}{self._how_to_stack()}")
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file; give a file of rows")
         if suffix in (".npy", ".npz"):
             yield from self._arrays(suffix)
         elif suffix in readers:
             yield from self._row_batches(itertools.islice(readers[suffix](), self.limit))
+        elif suffix in _IMAGES:
+            raise DataError(f"{self.path}: is an image; give one file of rows, one of {known}{self._how_to_stack()}")
         else:
-            known = ", ".join([*readers, ".npy", ".npz"])
             raise DataError(f"{self.path}: unknown kind of file {suffix!r}; give one of {known}")
+
+    def _how_to_stack(self) -> str:
+        """Say how pictures become an array, for a model that takes images of one size."""
+        shape = self.signature.inputs[0].row_shape
+        if len(self.signature.inputs) > 1 or len(shape) not in (2, 3) or any(isinstance(axis, str) for axis in shape):
+            return ""
+        height, width, *channels = shape
+        code = f'Image.open(path).convert("{"RGB" if channels == [3] else "L"}").resize(({width}, {height}))'
+        return (
+            f". An .npy of shape (rows, {', '.join(map(str, shape))}) is made of images by: import numpy; from PIL import Image; "
+            f'numpy.save("images.npy", numpy.stack([numpy.asarray({code}) for path in paths]))'
+        )
 
     def _row_batches(self, rows: Iterable[Placed]) -> Iterator[Batch]:
         iterator = iter(rows)
         size = self.batch_size if all(spec.batched for spec in self.signature.inputs) else 1
         while batch := list(itertools.islice(iterator, size)):
             places = [place for place, _ in batch]
-            known = [self._known(row) for _, row in batch]
+            known = [self._known(place, row) for place, row in batch]
             yield rows_to_arrays(known, self.signature, place=lambda i, places=places: f"{self.path}: {places[i]}")  # type: ignore[misc]
 
-    def _known(self, row: Any) -> Any:
+    def _known(self, place: str, row: Any) -> Any:
         """Leave out columns the model does not take, such as the answer that is to be predicted."""
         if not isinstance(row, Mapping):
             return row
+        if self._in_order is None:
+            self._in_order = self._matrix_columns(list(row))
+        if self._in_order:
+            if set(row) != set(self._in_order):
+                raise DataError(
+                    f"{self.path}: {place}: has the columns {', '.join(map(str, row))}, the first row {', '.join(self._in_order)}; "
+                    "give every row the same"
+                )
+            return {self.signature.inputs[0].name: [row[name] for name in self._in_order]}
         names = {spec.name for spec in self.signature.inputs}
         self.ignored |= dict.fromkeys(str(name) for name in row if name not in names)
         return {name: value for name, value in row.items() if name in names}
+
+    def _matrix_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns that are the model's one matrix, with a note; none where columns are inputs by name.
+
+        Raises:
+            DataError: the model takes one matrix, and the file has another number of columns.
+        """
+        spec = self.signature.inputs[0]
+        width = spec.row_shape[0] if len(spec.row_shape) == 1 else None
+        if len(self.signature.inputs) > 1 or not spec.batched or not isinstance(width, int) or spec.name in columns:
+            return ()
+        if len(columns) != width:
+            raise DataError(
+                f"{self.path}: this model takes one matrix of {_count(width, 'number')} per row ({spec.name!r}); the file has "
+                f"{_count(len(columns), 'column')}: {', '.join(map(str, columns))}; give {_count(width, 'numeric column')} or a .npy of "
+                f"shape (rows, {width})"
+            )
+        click.echo(f"note: {spec.name!r} is made of the columns in their order: {', '.join(columns)}", err=True)
+        return tuple(columns)
 
     def _csv(self) -> Iterator[Placed]:
         try:
@@ -100,6 +151,10 @@ class RowFile:
         if len(set(header)) != len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise DataError(f"{self.path}: column {twice!r} stands twice in the header; rename one")
+        self._in_order = self._matrix_columns(header)
+        if self._in_order:
+            cell = structs.replace(self.signature.inputs[0], shape=("batch",))
+            return [cell] * len(header)
         by_name = {spec.name: spec for spec in self.signature.inputs}
         missing = [spec.name for spec in self.signature.inputs if spec.name not in header and not spec.nullable]
         if missing:
@@ -131,7 +186,7 @@ class RowFile:
         try:
             import pyarrow.parquet as pq
         except ImportError as exc:
-            raise MissingExtra("pyarrow", "train", "reading Parquet") from exc
+            raise MissingExtra("pyarrow", "train", "reading Parquet", alone=True) from exc
         number = itertools.count()
         for batch in pq.ParquetFile(self.path).iter_batches(batch_size=self.batch_size):
             yield from ((f"row {next(number)}", row) for row in batch.to_pylist())
@@ -166,6 +221,9 @@ class RowFile:
             array = array.astype(object)
         elif array.dtype.kind == "f" and spec.numpy_dtype.kind == "f":
             array = array.astype(spec.numpy_dtype)
+        left_out = spec.shape[array.ndim :]
+        if left_out and all(axis == 1 for axis in left_out):  # as over HTTP: grey images without their channel axis
+            array = array.reshape(*array.shape, *left_out)
         check_array(array, spec, f"{self.path}: {spec.name}")
         return np.ascontiguousarray(array) if array.ndim else array
 
@@ -191,6 +249,10 @@ def _cell(text: str, spec: TensorSpec | None) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 class Writer(Protocol):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from modelyard.inference.serve.repository import Loaded
 
 _LONGEST_EXAMPLE = 1000
@@ -51,7 +53,11 @@ _LONGEST_EXAMPLE = 1000
     help="Seconds after SIGTERM to finish what is in flight.",
 )
 @click.option(
-    "--allow-domain", "allow_domains", multiple=True, metavar="D", help="Consent to operators of this ONNX domain."
+    "--allow-domain",
+    "allow_domains",
+    multiple=True,
+    metavar="D",
+    help="Consent to operators of this ONNX domain; repeat for more.",
 )
 @click.option("--access-log", is_flag=True, help="Write one JSON line per request to stderr.")
 @click.option("--json", "as_json", is_flag=True, help='Print {"url": …, "models": …} to stdout when ready.')
@@ -121,7 +127,8 @@ def serve(
         click.echo(f"ready on {bound.url}", err=True)
         for entry in entries:
             if entry.loaded is not None:
-                click.echo(f"  {_example(bound.url, entry.loaded)}", err=True)
+                bundle = Path(store, entry.name, str(entry.version))
+                click.echo(f"  {_example(bound.url, entry.loaded, bundle)}", err=True)
         if as_json:
             served = [{"name": e.name, "version": e.version, "state": e.state, "reason": e.reason} for e in entries]
             click.echo(json.dumps({"url": bound.url, "models": served}))
@@ -136,12 +143,29 @@ def serve(
     os._exit(1 if cut_off else 0)  # a thread may be deep in a run or a load that nobody waits for any more
 
 
-def _example(url: str, model: "Loaded") -> str:
-    """Return a curl command that asks `model` for a prediction; for large rows, the one that says what it takes."""
+def _example(url: str, model: "Loaded", bundle: "Path") -> str:
+    """Return a command that asks `model` for a prediction of a golden case.
+
+    That is a curl command. A row too large for a line, such as an image, is read by Python from the cases in `bundle`; where
+    that is no folder here, or the row is not one plain array, the command asks what the model takes.
+    """
     import json
     import shlex
+    import sys
 
+    from modelyard.bundle.format import CASES
+
+    route = f"{url}/v1/models/{model.name}:predict"
     body = json.dumps({"instances": [model.example]}, ensure_ascii=False)
-    if len(body) > _LONGEST_EXAMPLE:
+    if len(body) <= _LONGEST_EXAMPLE:
+        return f"curl {route} -d {shlex.quote(body)}"
+    cases = bundle.resolve() / CASES
+    (spec, *others) = model.signature.inputs
+    if others or not spec.batched or spec.datatype in ("BYTES", "BF16") or "null" in body or not cases.is_file():
         return f"curl {url}/v2/models/{model.name}"
-    return f"curl {url}/v1/models/{model.name}:predict -d {shlex.quote(body)}"
+    code = (
+        "import json, numpy, urllib.request as http; "
+        f'rows = numpy.load({json.dumps(str(cases), ensure_ascii=False)})["input.0"][:1].tolist(); '
+        f'print(http.urlopen({json.dumps(route)}, json.dumps({{"instances": rows}}).encode()).read().decode())'
+    )
+    return shlex.join([sys.executable, "-c", code])

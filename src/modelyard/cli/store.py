@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from modelyard.cli.terminal import printable
+
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -130,7 +132,7 @@ def history(store_url: str, name: str, tag: str, as_json: bool) -> None:
         return
     for record in records:
         where = "removed" if record.version is None else f"version {record.version}"
-        click.echo("  ".join((record.moved_at, where, record.by, record.reason or "")).rstrip())
+        click.echo(printable("  ".join((record.moved_at, where, record.by, record.reason or "")).rstrip()))
 
 
 def _line(model: dict[str, Any]) -> str:

@@ -74,21 +74,26 @@ class Promotion:
 
 def conclusion(name: str, variants: list[Variant], compression: "Compression") -> str:
     """Return what came out, in one line."""
+    from modelyard.metrics import METRICS
+
     if compression.child is None or compression.finalist is None or compression.finalist.verdict is None:
         return f"{name}: version {variants[-1].version}, as trained; no compressed variant was accepted"
     verdict = compression.finalist.verdict
     speed, quality = verdict.cost.speedup, verdict.quality
+    label = METRICS[quality.metric].label
     share = 1 - verdict.cost.child_bytes / verdict.cost.parent_bytes
     pace = f"{speed.value:.2g} × as fast" if verdict.cost.faster else "not measurably slower"
     return (
         f"{name}: version {variants[-1].version}, {compression.finalist.technique}: weights {share:.0%} smaller, {pace}, "
-        f"{quality.metric} {quality.child.value:.4g} against {quality.parent.value:.4g} as trained"
+        f"{label} {quality.child.value:.4g} against {quality.parent.value:.4g} as trained"
     )
 
 
 def table(variants: list[Variant], core: "Device") -> Iterator[str]:
     """Yield the lines of the table; with two variants a third column says how many times the first the second is."""
-    score = variants[0].bundle.manifest.lineage.scores[0].metric
+    from modelyard.metrics import METRICS
+
+    score = METRICS[variants[0].bundle.manifest.lineage.scores[0].metric].label
     spent = [variant.bundle.manifest.lineage.spent for variant in variants]
     lines: list[tuple[str, list[str], list[float]]] = [
         ("", [variant.role for variant in variants], []),

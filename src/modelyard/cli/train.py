@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), default="yard.toml", metavar="[YARD_TOML]")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder for the bundle [default: WORK/bundles/trained-ID]."
+    "--output", type=click.Path(path_type=Path), help="Folder for the bundle [default: WORK/bundles/trained-N]."
 )
 @click.option("--check-only", is_flag=True, help="Check the data, print the report and stop.")
 @click.option("--fresh", is_flag=True, help="Start anew where a checkpoint of the same run would be taken up.")

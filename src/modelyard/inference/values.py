@@ -133,7 +133,10 @@ def _scalar(value: Any, spec: TensorSpec, kind: str, place: Place, index: int) -
     if value is None or (isinstance(value, float) and value != value):
         if spec.nullable and kind in ("float", "text"):
             return "" if kind == "text" else np.nan
-        raise RequestError(f"{place(index)} is missing and may not be; give {expected(spec)}", value=None)
+        raise RequestError(
+            f"{place(index)} is missing and may not be, since the model never saw missing values there; give {expected(spec)}",
+            value=None,
+        )
     fits = False
     if kind == "text":
         fits = isinstance(value, str)

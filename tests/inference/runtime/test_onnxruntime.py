@@ -1,5 +1,7 @@
 """The default engine passes the published suite."""
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from modelyard.bundle.cases import CaseSet
+from modelyard.bundle.format import write_bundle
+from modelyard.errors import GoldenCaseFailed, RequestError
 from modelyard.inference.runtime._base import Engine, RowByRow, open_engine
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
-from modelyard.testing.bundles import late_bundle
+from modelyard.testing.bundles import late_bundle, late_content, late_model
 from modelyard.testing.engines import EngineTests, MakeEngine
 
 
@@ -38,3 +43,63 @@ def test_a_bundle_becomes_an_engine_that_gives_its_golden_answers(tmp_path: Path
     engine.close()
     assert_array_equal(answers["label"], cases.outputs["label"])
     np.testing.assert_allclose(answers["probability"], cases.outputs["probability"], rtol=1e-5)
+
+
+def endless_model() -> bytes:
+    """Return the late model with a loop of 2 ** 62 rounds before its probability."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["going"], ["on"]), helper.make_node("Abs", ["p"], ["q"])],
+        "body",
+        [value("i", TensorProto.INT64, []), value("going", TensorProto.BOOL, []), value("p", TensorProto.FLOAT, None)],
+        [value("on", TensorProto.BOOL, []), value("q", TensorProto.FLOAT, None)],
+    )
+    model = onnx.load_from_string(late_model())
+    sigmoid = next(node for node in model.graph.node if node.op_type == "Sigmoid")
+    sigmoid.output[0] = "first"
+    position = list(model.graph.node).index(sigmoid) + 1
+    model.graph.node.insert(position, helper.make_node("Loop", ["rounds", "", "first"], ["probability"], body=body))
+    model.graph.initializer.append(helper.make_tensor("rounds", TensorProto.INT64, [], [2**62]))
+    raw: bytes = model.SerializeToString()
+    return raw
+
+
+@pytest.mark.parametrize("rows_independent", [True, False])
+def test_golden_cases_of_a_graph_that_loops_for_ever_are_given_up(tmp_path: Path, rows_independent: bool) -> None:
+    content = replace(late_content(), model=endless_model(), rows_independent=rows_independent)
+    bundle = write_bundle(tmp_path / "b", content)
+    with pytest.raises(GoldenCaseFailed, match=r"not answered within 0\.2 s.*do not serve") as caught:
+        open_engine(bundle, timeout_s=0.2)
+    assert caught.value.timeout_s == 0.2
+
+
+def test_a_case_that_fails_in_time_is_no_matter_of_time(tmp_path: Path) -> None:
+    content = late_content()
+    outputs = {**content.cases.outputs, "probability": np.zeros(6, np.float32)}
+    bundle = write_bundle(tmp_path / "b", replace(content, cases=CaseSet(content.cases.inputs, outputs)))
+    with pytest.raises(GoldenCaseFailed, match="golden case 0 of 6"):
+        open_engine(bundle)
+
+
+def test_an_interrupted_engine_ends_its_run_and_answers_no_more() -> None:
+    engine = OnnxRuntimeEngine(endless_model())
+    inputs = {"delay": np.zeros(1, np.float32), "origin": np.array(["EWR"], dtype=object)}
+    timer = threading.Timer(0.2, engine.interrupt)
+    timer.start()
+    for _ in range(2):
+        with pytest.raises(RequestError, match="could not compute"):
+            engine.run(inputs)
+    engine.close()
+
+
+def test_no_timer_outlives_the_check(tmp_path: Path) -> None:
+    engine = open_engine(late_bundle(tmp_path / "late"))
+    assert not [
+        thread
+        for thread in threading.enumerate()
+        if isinstance(thread, threading.Timer) and not thread.finished.is_set()
+    ]
+    engine.close()

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
-from modelyard.errors import NotReady
+from modelyard.errors import DigestMismatch, NotReady
 from modelyard.inference.runtime._base import Arrays
 from modelyard.inference.serve.app import App
 from modelyard.inference.serve.messages import Request, Response, json_response
@@ -79,6 +79,24 @@ def test_a_model_that_is_loading_is_503_and_says_when_to_come_back() -> None:
     assert not repository.ready
     with pytest.raises(NotReady):
         repository.get("m")
+
+
+def test_a_model_that_failed_to_load_says_why_and_asks_nobody_to_wait() -> None:
+    async def failed() -> Repository:
+        def load_one(pick: Pick) -> Loaded:
+            raise DigestMismatch("model.onnx: its SHA-256 is another; fetch the bundle again")
+
+        repository = Repository([Pick("m", 1)])
+        with ThreadPoolExecutor(1) as executor:
+            await repository.load_all(load_one, executor, lambda entry: None)
+        return repository
+
+    repository = asyncio.run(failed())
+    with pytest.raises(
+        NotReady, match=r"failed to load.*not become ready by itself: model\.onnx: its SHA-256"
+    ) as caught:
+        repository.get("m")
+    assert "try again later" not in str(caught.value)
 
 
 def test_a_draining_server_is_not_ready_and_goes_on_answering() -> None:

@@ -221,3 +221,15 @@ def test_only_what_is_quicker_than_a_hand_over_runs_on_the_loop() -> None:
     assert place(int(INLINE_BELOW_S / 10e-6) + 1, 10e-6) == "thread"
     assert place(1, 5e-3) == "thread"
     assert place(1, float("inf")) == "thread"
+
+
+def test_the_printed_example_of_an_image_copes_with_any_path(
+    tmp_path: Path, publish: Any, small_models: Any, serve: Any
+) -> None:
+    store = tmp_path / 'it\'s "a" störe $HOME'
+    publish(store, small_models["images"], "images")
+    with serve(store) as server:
+        command = server.log.read_text().partition("ready on")[2].splitlines()[1]
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    (answer,) = json.loads(done.stdout)["predictions"]
+    assert answer["label"] == small_models["images"].answer()["label"][0]

@@ -144,3 +144,17 @@ def test_samples_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         _import(_network(3), X, tmp_path, labels=["a", "b"])
     with pytest.raises(ConfigError, match=r'task = "regression" needs one float per row'):
         _import(_network(3), X, tmp_path, task="regression")
+
+
+class Noisy(nn.Module):
+    """Adds noise to every answer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise: Tensor = torch.randn_like(x)
+        return x + noise
+
+
+def test_a_module_that_answers_otherwise_each_time_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Noisy answers sample 0 differently each time"):
+        _import(Noisy(), X, tmp_path)
+    assert not list(tmp_path.iterdir())

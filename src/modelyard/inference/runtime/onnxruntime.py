@@ -29,14 +29,20 @@ class OnnxRuntimeEngine:
             where = "the graph" if isinstance(model, bytes) else str(model)
             raise MalformedGraph(f"{where}: onnxruntime {ort.__version__} refuses it: {exc}") from exc
         self.name = f"onnxruntime {ort.__version__}"
+        self._run_options = ort.RunOptions()  # one for all runs; they only read it
+        self._run_options.log_severity_level = _FATAL_ONLY
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         try:
-            answers = self._session.run(self._outputs, dict(inputs))
+            answers = self._session.run(self._outputs, dict(inputs), self._run_options)
         except Exception as exc:  # as above
             raise RequestError(f"onnxruntime could not compute this input: {exc}") from exc
         return dict(zip(self._outputs, answers, strict=True))
+
+    def interrupt(self) -> None:
+        """End the runs in progress, also within a loop of the graph, and all later ones, with a RequestError."""
+        self._run_options.terminate = True
 
     def close(self) -> None:
         del self._session

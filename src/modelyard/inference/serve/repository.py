@@ -139,8 +139,11 @@ class Repository:
         """Return a version that can answer; raises UnknownModel, or NotReady with the reason."""
         entry = self.entry(name, version)
         if entry.loaded is None:
-            why = f" ({entry.reason})" if entry.reason else ""
-            raise NotReady(f"model {name!r} version {entry.version} is {entry.state}{why}; try again later")
+            if entry.state == "failed":
+                raise NotReady(
+                    f"model {name!r} version {entry.version} failed to load and will not become ready by itself: {entry.reason}"
+                )
+            raise NotReady(f"model {name!r} version {entry.version} is {entry.state}; try again later")
         return entry.loaded
 
     def drain(self) -> None:

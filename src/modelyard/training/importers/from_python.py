@@ -6,16 +6,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from modelyard.bundle.cases import Arrays, Run, differing_rows
 from modelyard.bundle.format import Bundle, read_bundle
 from modelyard.bundle.independence import rows_independent
-from modelyard.bundle.manifest import Lineage, Targets
+from modelyard.bundle.manifest import Lineage, Signature, Targets
 from modelyard.bundle.store import Store, open_store
 from modelyard.errors import ConfigError, ExportError
 from modelyard.metering import Meter
 from modelyard.prices import load_prices
+from modelyard.provenance import environment
 from modelyard.training.export import Export, prove_no_skew, run_graph, write
 from modelyard.training.importers._base import Imported, Task
-from modelyard.provenance import environment
 
 N_INDEPENDENCE = 16
 """Samples that are asked alone and among others."""
@@ -72,6 +73,7 @@ def import_model(
         raise ConfigError(f"task must be {imported.task!r} for {type(obj).__name__}, got {task!r}; leave it out")
     run = run_graph(imported.model)
     inputs = imported.samples.inputs
+    outputs = _steady_answers(run, inputs, imported.signature, type(obj).__name__)
     proof = prove_no_skew(
         imported.original, run, imported.signature, inputs, given=imported.samples.given, rows_called="samples"
     )
@@ -87,7 +89,7 @@ def import_model(
         spent=meter.read(),
         notes=(proof.text(), *imported.notes),
     )
-    exported = Export(model=imported.model, signature=imported.signature, proof=proof, outputs=run(inputs))
+    exported = Export(model=imported.model, signature=imported.signature, proof=proof, outputs=outputs)
 
     def written(path: Path) -> Bundle:
         return write(
@@ -110,6 +112,21 @@ def import_model(
     if store is not None:
         _published(bundle, store)
     return bundle
+
+
+def _steady_answers(run: Run, inputs: Arrays, signature: Signature, kind: str) -> Arrays:
+    """Return the graph's answers to the samples; raise ExportError when it answers them otherwise a second time."""
+    outputs, again = run(inputs), run(inputs)
+    for spec in signature.outputs:
+        wrong = differing_rows(outputs[spec.name], again[spec.name], rtol=1e-4, atol=1e-4)
+        if wrong.size:
+            raise ExportError(
+                f"{kind} answers sample {int(wrong[0])} differently each time (output {spec.name!r}), so that no machine could check it; "
+                "leave out what is random, such as torch.rand or dropout that is always on",
+                row=int(wrong[0]),
+                output=spec.name,
+            )
+    return outputs
 
 
 def _import(obj: Any, samples: Any, labels: tuple[str | int, ...] | None, task: Task | None) -> Imported:
