@@ -3,20 +3,22 @@
 #   make test       the tests; make test-all adds the slow ones
 #   make check      format, lint, types, import contracts, commands in the documents
 #   make bench      measurements, printed with machine, versions and commit
-# On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu brings the small build of torch.
+# On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small build of torch.
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check bench constraints format clean
+.PHONY: help demo test test-all check bench constraints format clean
 .DEFAULT_GOAL := help
 
+# Where no target is named.
 help:
 	@sed -n 's/^# \{0,2\}//p' Makefile | head -6
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	scripts/set-up.sh $(PYTHON) $(VENV)
+	scripts/set-up.sh $(PYTHON) $(VENV) $(TORCH_INDEX)
 
 demo: $(VENV)/.installed
 	$(BIN)/modelyard run examples/digits/yard.toml

@@ -28,7 +28,7 @@ def checked_data(yard: "Yard", root: Path, progress: Progress) -> "tuple[Dataset
     write_beside(reports / "data.json", json.dumps(report.to_json(), indent=2) + "\n")
     lineage = dataset.lineage
     progress.detail(
-        f"{lineage.n_samples:,} rows, {len(dataset.specs)} input{"s" if len(dataset.specs) > 1 else ""}; {lineage.n_train:,} to train, {lineage.n_validation:,} to "
+        f"{lineage.n_samples:,} rows, inputs: {len(dataset.specs)}; {lineage.n_train:,} to train, {lineage.n_validation:,} to "
         f"validate, {lineage.n_test:,} to test; split {lineage.split}"
     )
     for finding in report.findings:
