@@ -329,3 +329,47 @@ def test_a_wide_array_is_not_looked_into_feature_by_feature(tmp_path: Path) -> N
     report = _report_on_arrays(tmp_path, x, np.arange(N) % 2)
     assert [column.name for column in report.columns] == ["features"]
     assert _only(report, "missing-values").column == "features"
+
+
+def test_classes_that_look_alike_are_named(tmp_path: Path) -> None:
+    label = np.array([["p", "p ", "P", "q"][i % 4] for i in range(N)], dtype=object)
+    finding = _only(_report(tmp_path, label=label), "look-alike-classes")
+    assert finding.severity == "warning"
+    assert sorted(finding.facts["classes"][0]) == ["P", "p", "p "]
+    assert "'p '" in finding.message
+    assert "'q'" not in finding.message
+
+
+def test_a_label_that_32_bits_round_away_is_warned_of(tmp_path: Path) -> None:
+    spread = np.random.default_rng(0).normal(size=N)
+    finding = _only(_report(tmp_path, label=1e9 + spread), "label-precision")
+    assert finding.severity == "warning"
+    assert finding.facts["step"] == 64
+    assert "subtract an offset" in finding.message
+    assert "label-precision" not in _codes(_report(tmp_path, label=1e4 + spread))
+
+
+def test_a_label_too_large_for_32_bits_is_refused(tmp_path: Path) -> None:
+    label = np.random.default_rng(0).normal(size=N)
+    label[7] = -1e300
+    with pytest.raises(DataError, match=r"-1e\+300 in row 7 is too large for 32 bits"):
+        _report(tmp_path, label=label)
+
+
+@pytest.mark.parametrize(("odd", "says"), [("unknown", "not numbers: unknown"), ("41,5", "decimal commas")])
+def test_a_column_of_numbers_with_a_stray_text_is_told_apart_from_categories(
+    tmp_path: Path, odd: str, says: str
+) -> None:
+    age = [str(20 + i % 60) for i in range(N)]
+    age[17] = odd
+
+    finding = _only(_report(tmp_path, age=age), "mostly-numeric")
+
+    assert finding.severity == "warning"
+    assert says in finding.message
+
+
+def test_a_few_numbered_codes_are_categories(tmp_path: Path) -> None:
+    assert "mostly-numeric" not in {
+        finding.code for finding in _report(tmp_path, gate=[["1", "2", "3b", "4"][i % 4] for i in range(N)]).findings
+    }

@@ -474,13 +474,44 @@ def test_a_callable_that_cannot_be_used_is_refused(
         load_dataset(DataConfig(callable=target), SplitConfig(), root=tmp_path, progress=lambda message: None)
 
 
-def test_a_module_missing_inside_the_callable_is_told_as_it_is(tmp_path: Path) -> None:
-    _module(tmp_path, "needs_more", "import not_installed_anywhere\ndef rows(): ...\n")
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere") as caught:
-        load_dataset(
-            DataConfig(callable="needs_more:rows"), SplitConfig(), root=tmp_path, progress=lambda message: None
-        )
-    assert not isinstance(caught.value, ConfigError)
+@pytest.mark.parametrize(
+    ("body", "complaint", "cause"),
+    [
+        ("import not_installed_anywhere\n", "importing failing raised .*not_installed_anywhere", ModuleNotFoundError),
+        ("def rows(:\n", "importing failing raised SyntaxError", SyntaxError),
+        (
+            "def rows():\n    raise KeyError('town')\n",
+            r"the function raised KeyError: 'town' \(failing.py, line 2\)",
+            KeyError,
+        ),
+        ("def rows(path):\n    return 1\n", r"called with 0 arguments, but its parameters are \(path\)", TypeError),
+    ],
+    ids=["import", "syntax", "raises", "parameters"],
+)
+def test_a_callable_that_fails_is_named_with_what_it_raised(
+    tmp_path: Path, body: str, complaint: str, cause: type[Exception]
+) -> None:
+    _module(tmp_path, "failing", body)
+    config = DataConfig(callable="failing:rows")
+    with pytest.raises(ConfigError, match=rf"\[data\] callable = 'failing:rows'.*{complaint}") as caught:
+        load_dataset(config, SplitConfig(), root=tmp_path, progress=lambda message: None)
+    assert isinstance(caught.value.__cause__, cause)
+
+
+@pytest.mark.parametrize(("separator", "called"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_separated_otherwise_is_recognised(tmp_path: Path, separator: str, called: str) -> None:
+    lines = [separator.join(cells) for cells in (["x", "label"], *([str(i), "ab"[i % 2]] for i in range(30)))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=f"seems to be separated by {called}; write it with commas"):
+        load_dataset(DataConfig(path="rows.csv"), SplitConfig(), root=tmp_path, progress=lambda message: None)
+
+
+def test_a_class_called_na_is_told_why_it_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("x,label\n" + "".join(f"{i},{['EU', 'NA'][i % 2]}\n" for i in range(30)))
+    with pytest.raises(
+        DataError, match=r"missing in 15 of 30 rows, first in row 1.*in CSV an empty field, NA, .*otherwise"
+    ):
+        load_dataset(DataConfig(path="rows.csv"), SplitConfig(), root=tmp_path, progress=lambda message: None)
 
 
 # Arrays.

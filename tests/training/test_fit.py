@@ -17,9 +17,10 @@ from torch import Tensor, nn  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 
 from modelyard.clock import ManualClock  # noqa: E402
-from modelyard.errors import TrainingError  # noqa: E402
+from modelyard.errors import ConfigError, TrainingError  # noqa: E402
 from modelyard.metering import Meter  # noqa: E402
 from modelyard.prices import load_prices  # noqa: E402
+from modelyard.schema import convert  # noqa: E402
 from modelyard.training.fit import FitProgress, FitResult, Rows, fit, shifted  # noqa: E402
 from modelyard.training.fit_config import FitConfig  # noqa: E402
 from modelyard.training.networks import ImageNetwork, Rescaled, TableNetwork  # noqa: E402
@@ -362,3 +363,71 @@ def test_a_run_that_was_killed_ends_with_the_same_weights_bit_for_bit(tmp_path: 
     with safe_open(saved, framework="pt") as file:
         resumed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     assert _same(_fit_images(None)[0], resumed)
+
+
+_NARROW = """
+import sys
+from pathlib import Path
+import torch
+from modelyard.clock import ManualClock
+from modelyard.metering import Meter
+from modelyard.prices import load_prices
+from modelyard.training.fit import Rows, fit
+from modelyard.training.fit_config import FitConfig
+from modelyard.training.networks import ImageNetwork
+
+side, batch = int(sys.argv[1]), int(sys.argv[2])
+for channels in [(4, 8), (8, 16), (4, 16), (12, 16)]:
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 255, (4 * batch, side, side, 1), dtype=torch.uint8), torch.arange(4 * batch) % 2
+    module = ImageNetwork(torch.tensor([0.4]), torch.tensor([0.2]), channels, 2, 0.1)
+    config = FitConfig(epochs=6, patience=6, batch_size=batch, n_threads=2)
+    fit(module, Rows(x, y), Rows(x[:batch], y[:batch]), config, meter=Meter(load_prices(), ManualClock()))
+"""
+
+
+@pytest.mark.parametrize(("side", "batch"), [(12, 5), (12, 7), (28, 5)])
+def test_narrow_convolutions_in_odd_batches_leave_the_memory_sound(side: int, batch: int) -> None:
+    """In a process of its own, since what it guards against ends the process, in one run or another."""
+    done = subprocess.run(
+        [sys.executable, "-c", _NARROW, str(side), str(batch)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class _Seen(nn.Module):
+    """Notes whether oneDNN was in use when it was run."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.convolution, self.seen = convolution, set[bool]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(torch.backends.mkldnn.enabled)
+        out: Tensor = self.convolution(x.permute(0, 3, 1, 2).to(torch.float32)).mean(dim=(2, 3))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("convolution", "one_dnn"),
+    [
+        (nn.Conv2d(1, 32, 3), True),  # the stem of the default network
+        (nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 2, 3, stride=2)), True),
+        (nn.Sequential(nn.Conv2d(1, 15, 3), nn.Conv2d(15, 2, 3, stride=2)), False),
+        (nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)), False),
+        (nn.Conv2d(1, 32, 3, stride=2), False),
+    ],
+    ids=["stem", "sixteen", "fifteen", "unstrided", "strided-stem"],
+)
+def test_only_narrow_convolutions_are_kept_from_one_dnn(convolution: nn.Module, one_dnn: bool) -> None:
+    module, before = _Seen(convolution), torch.backends.mkldnn.enabled
+    _fit(module, _images(16), _images(8, seed=1), epochs=1)
+    assert module.seen == {one_dnn}
+    assert torch.backends.mkldnn.enabled == before
+
+
+@pytest.mark.parametrize("settings", [{"seed": 2**32}, {"n_threads": 1025}])
+def test_settings_that_no_library_takes_are_refused(settings: dict[str, int]) -> None:
+    (name,) = settings
+    with pytest.raises(ConfigError, match=name):
+        convert(settings, FitConfig, source="yard.toml", error=ConfigError)

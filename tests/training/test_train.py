@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
+from msgspec import structs
 from numpy.typing import NDArray
 
 from modelyard.bundle.cases import check_cases
 from modelyard.bundle.format import read_bundle
 from modelyard.bundle.manifest import Targets
-from modelyard.errors import ConfigError, TrainingError
+from modelyard.errors import ConfigError, ExportError
 from modelyard.prices import load_prices
+from modelyard.provenance import code_revision, environment
+from modelyard.training.builders import fit_linear
 from modelyard.training.data import DataConfig, Dataset, load_dataset
 from modelyard.training.export import run_graph
 from modelyard.training.fit_config import FitConfig
 from modelyard.training.models import ModelConfig
-from modelyard.provenance import code_revision, environment
+from modelyard.training.preprocess import fit_preprocessor
 from modelyard.training.split import SplitConfig
 from modelyard.training.train import Trained, train
 from modelyard.training.watch import Watch
@@ -189,6 +193,7 @@ import torch
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import LinearSVC
@@ -206,6 +211,43 @@ def network(row_shape, n_outputs):
 
 def nothing(*_):
     return "nothing"
+
+def a_class():
+    return RandomForestClassifier
+
+def torch_class(row_shape, n_outputs):
+    return torch.nn.Linear
+
+def needs_more(row_shape):
+    return None
+
+def raises(*_):
+    raise KeyError("no such column")
+
+def takes_no_text():
+    return LogisticRegression()
+
+def too_wide(row_shape, n_outputs):
+    return torch.nn.Linear(*row_shape, n_outputs + 1)
+
+def wrong_input(row_shape, n_outputs):
+    return torch.nn.Linear(row_shape[0] + 1, n_outputs)
+
+class Strict(torch.nn.Linear):
+    def forward(self, x):
+        if self.training:
+            raise ValueError("not in training")
+        return super().forward(x)
+
+def fails_in_training(row_shape, n_outputs):
+    return Strict(*row_shape, n_outputs)
+
+class Random(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(len(x), 1)[:, [0, 0]] * torch.tensor([0.0, 1.0])
+
+def at_random(row_shape, n_outputs):
+    return Random(*row_shape, n_outputs)
 """
 
 
@@ -226,15 +268,102 @@ def test_a_model_of_the_users_own_is_trained_and_drawn(tmp_path: Path, kind: Any
     ("kind", "function", "message"),
     [
         ("sklearn", "nothing", r"must return an estimator with fit\(\), got str"),
+        ("sklearn", "a_class", r"got the class RandomForestClassifier; return an instance, RandomForestClassifier\("),
+        ("torch", "torch_class", r"got the class Linear; return an instance"),
+        ("torch", "needs_more", r"is called with 2 arguments, but its parameters are \(row_shape\)"),
+        ("torch", "raises", r"the function raised KeyError: 'no such column' \(own.py, line \d+\); correct it"),
+        ("sklearn", "takes_no_text", r"LogisticRegression.fit\(\) raised ValueError: could not convert.*text: 'town'"),
+        ("torch", "too_wide", r"must return floats of shape \[2, 2\], got float32 of shape \[2, 3\]; correct its last"),
+        ("torch", "wrong_input", r"given two rows, float32 of shape \[2, \d+\], raised RuntimeError: mat1 and mat2"),
+        ("torch", "fails_in_training", r"training the module raised ValueError: not in training"),
         ("torch", "nothing", r"must return a torch module, got str"),
         ("sklearn", "without_scores", r"Pipeline has no predict_proba\(\), and classes need scores"),
     ],
 )
-def test_a_callable_that_returns_no_model_is_named(tmp_path: Path, kind: Any, function: str, message: str) -> None:
+def test_a_callable_that_gives_no_model_that_fits_is_named(
+    tmp_path: Path, kind: Any, function: str, message: str
+) -> None:
     pytest.importorskip("torch")
     (tmp_path / "own.py").write_text(_MODELS)
-    with pytest.raises(TrainingError, match=rf"model.callable 'own:{function}'.*{message}"):
+    with pytest.raises(ConfigError, match=rf"\[model\] callable = 'own:{function}'.*{message}"):
         _train(tmp_path, _dataset(tmp_path), ModelConfig(kind=kind, callable=f"own:{function}"))
+
+
+def test_a_module_that_answers_at_random_is_not_written(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "own.py").write_text(_MODELS)
+    with pytest.raises(ExportError):
+        _train(tmp_path, _dataset(tmp_path), ModelConfig(kind="torch", callable="own:at_random"))
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"num_leavez": 3}, r"LightGBM knows no 'num_leavez' \(did you mean 'num_leaves'\?\); correct the name"),
+        ({"feature_fracton": 0.5}, r"knows no 'feature_fracton' \(did you mean 'feature_fraction'\?\)"),
+        ({"num_leaves": "many"}, r"\{'num_leaves': 'many'\}: LightGBM raised LightGBMError: .*num_leaves.*; correct"),
+        ({"bagging_fraction": 7}, r"LightGBM raised LightGBMError: Check failed: \(bagging_fraction\)"),
+        ({"n_estimators": "3"}, r"LightGBM raised TypeError"),
+        ({"metric": "nope"}, r"LightGBM raised ValueError"),
+    ],
+)
+def test_parameters_that_lightgbm_does_not_take_are_named(
+    tmp_path: Path, parameters: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=rf"\[model\] parameters.*{message}"):
+        _train(tmp_path, _dataset(tmp_path), ModelConfig(kind="lightgbm", parameters=parameters))
+    assert "Unknown parameter" not in "".join(capfd.readouterr())
+
+
+def test_parameters_under_lightgbms_other_names_are_taken(tmp_path: Path) -> None:
+    parameters = {"n_estimators": 5, "feature_fraction": 0.5, "l2_regularization": 1.0, "importance_type": "gain"}
+    trained = _train(tmp_path, _dataset(tmp_path), ModelConfig(kind="lightgbm", parameters=parameters))
+    assert trained.bundle.manifest.lineage.made_by == "train: lightgbm"
+
+
+def test_a_graph_that_onnxruntime_cannot_load_or_run_is_an_export_error() -> None:
+    with pytest.raises(ExportError, match="onnxruntime cannot load the graph"):
+        run_graph(b"no graph")
+    x = onnx.helper.make_tensor_value_info("x", 1, ["n", 3])
+    shape = onnx.helper.make_tensor("shape", 7, [2], [7, 9])
+    nodes = [onnx.helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    graph = onnx.helper.make_graph(nodes, "g", [x], [onnx.helper.make_tensor_value_info("y", 1, None)], [shape])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(ExportError, match="onnxruntime cannot run the graph"):
+        run_graph(model.SerializeToString())({"x": np.zeros((2, 3), np.float32)})
+
+
+def test_a_linear_fit_says_whether_it_converged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = _dataset(tmp_path)
+    preprocessor = fit_preprocessor(dataset.specs, dataset.take(dataset.split.train))
+    assert fit_linear(dataset, preprocessor)[1]
+    monkeypatch.setattr("modelyard.training.builders.LINEAR_ITERATIONS", 1)
+    assert not fit_linear(dataset, preprocessor)[1]
+
+
+def test_a_checkpoint_of_another_number_of_threads_is_not_taken_up(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    dataset = _dataset(tmp_path)
+    often = structs.replace(QUICK, epochs=2, checkpoint_every_s=1e-9)
+    for n_threads, resumed in [(1, False), (1, True), (2, False)]:
+        fit = structs.replace(often, n_threads=n_threads)
+        target = tmp_path / f"bundle-{n_threads}-{resumed}"
+        trained = _train(tmp_path, dataset, ModelConfig(hidden=(4,)), fit, target=target)
+        assert (trained.resumed_at is not None) == resumed
+
+
+def test_a_checkpoint_of_another_number_of_cores_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    dataset = _dataset(tmp_path)
+    every_core = structs.replace(QUICK, epochs=2, checkpoint_every_s=1e-9, n_threads=0)
+    for n_cores, resumed in [(1, False), (1, True), (2, False)]:
+        monkeypatch.setattr("os.cpu_count", lambda n_cores=n_cores: n_cores)
+        target = tmp_path / f"bundle-{n_cores}-{resumed}"
+        trained = _train(tmp_path, dataset, ModelConfig(hidden=(4,)), every_core, target=target)
+        assert (trained.resumed_at is not None) == resumed
 
 
 _WITHOUT = """

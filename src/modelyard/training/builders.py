@@ -1,8 +1,13 @@
 """One function per [model] kind: it fits the model to the training rows and returns it as a pipeline."""
 
+import contextlib
+import difflib
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Mapping
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelyard.errors import ConfigError, MissingExtra, TrainingError
+from modelyard import __version__
+from modelyard.errors import ConfigError, MissingExtra, ModelyardError
 from modelyard.metering import Meter
 from modelyard.schema import to_builtins
-from modelyard.training.callables import call
+from modelyard.training.callables import call, failed
 from modelyard.training.data import Dataset
 from modelyard.training.fit_config import FitConfig
 from modelyard.training.models import (
@@ -23,6 +29,7 @@ from modelyard.training.models import (
     NetworkPipeline,
     Pipeline,
     class_codes,
+    raw_answers,
     to_frame,
 )
 from modelyard.training.preprocess import Matrix, Preprocessor
@@ -33,7 +40,20 @@ if TYPE_CHECKING:
 
     from modelyard.training.fit import FitResult
 
-LINEAR_ITERATIONS = 300
+LINEAR_ITERATIONS = 1000
+_LIGHTGBM_NAMES = (
+    "bagging_fraction",
+    "bagging_freq",
+    "categorical_feature",
+    "feature_fraction",
+    "lambda_l1",
+    "lambda_l2",
+    "max_bin",
+    "metric",
+    "min_data_in_leaf",
+    "min_sum_hessian_in_leaf",
+)
+"""Usual names beside the arguments of LightGBM's estimators; to suggest, not to refuse by."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +113,23 @@ def _network(job: Job) -> Built:
         module = _module(job, train.x, is_image=image is not None)
     if not dataset.classes:
         module = Rescaled(module, train.y.mean(), train.y.std())
-    result = fit(
-        module,
-        train,
-        validation,
-        job.fit,
-        meter=job.meter,
-        checkpoint=job.checkpoint,
-        run_key=_run_key(job, module, torch.__version__),
-        progress=job.watch.fit,
-    )
+    try:
+        result = fit(
+            module,
+            train,
+            validation,
+            job.fit,
+            meter=job.meter,
+            checkpoint=job.checkpoint,
+            run_key=_run_key(job, module, torch.__version__),
+            progress=job.watch.fit,
+        )
+    except ModelyardError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as exc:
+        if not job.model.callable:
+            raise
+        raise failed(exc, f"{_named(job)}: training the module", "correct the module") from exc
     pipeline = NetworkPipeline(
         module=module,
         preprocessor=None if image else job.preprocessor,
@@ -123,9 +150,8 @@ def _module(job: Job, x: "torch.Tensor", *, is_image: bool) -> "torch.nn.Module"
     if job.model.callable:
         made = call(job.model.callable, job.root, tuple(x.shape[1:]), n_outputs, field="[model] callable")
         if not isinstance(made, torch.nn.Module):
-            raise TrainingError(
-                f"model.callable {job.model.callable!r} must return a torch module, got {type(made).__name__}"
-            )
+            raise ConfigError(f"{_named(job)} must return a torch module, got {_told(made)}")
+        _try_module(job, made, x[:2], n_outputs)
         return made
     if is_image:
         pixels = x[:10_000].to(torch.float32) / 255
@@ -138,6 +164,41 @@ def _module(job: Job, x: "torch.Tensor", *, is_image: bool) -> "torch.nn.Module"
             job.model.dropout,
         )
     return TableNetwork(x.shape[1], job.model.hidden, n_outputs, job.model.dropout)
+
+
+def _try_module(job: Job, module: "torch.nn.Module", x: "torch.Tensor", n_outputs: int) -> None:
+    """Send two rows through the user's module: what does not fit is told before anything is fitted."""
+    import torch
+
+    where = f"{_named(job)}: {type(module).__name__}"
+    taken = f"{str(x.dtype).removeprefix('torch.')} of shape {list(x.shape)}"
+    wanted = f"[{len(x)}, {n_outputs}]" + ("" if job.dataset.classes else f" or [{len(x)}]")
+    module.eval()
+    try:
+        with torch.no_grad():
+            out = module(x)
+    except Exception as exc:  # a module of the user's own may raise anything
+        raise failed(exc, f"{where}, given two rows, {taken},", f"take such rows and return {wanted}") from exc
+    if not isinstance(out, torch.Tensor):
+        raise ConfigError(f"{where} must return a tensor of shape {wanted}, got {_told(out)}")
+    allowed = [(len(x), n_outputs)] + ([] if job.dataset.classes else [(len(x),)])
+    if tuple(out.shape) not in allowed or not out.is_floating_point():
+        raise ConfigError(
+            f"{where}, given two rows, {taken}, must return floats of shape {wanted}, got {str(out.dtype).removeprefix('torch.')} "
+            f"of shape {list(out.shape)}; correct its last layer"
+        )
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(f"{where} has no parameters to train; return a module with layers")
+
+
+def _named(job: Job) -> str:
+    return f"[model] callable = {job.model.callable!r}"
+
+
+def _told(made: object) -> str:
+    if inspect.isclass(made):
+        return f"the class {made.__name__}; return an instance, {made.__name__}(…)"
+    return f"{type(made).__name__}; correct what is returned"
 
 
 def _lightgbm(job: Job) -> Built:
@@ -156,29 +217,87 @@ def _lightgbm(job: Job) -> Built:
         "verbose": -1,
     } | job.model.parameters
     kind = lightgbm.LGBMClassifier if job.dataset.classes else lightgbm.LGBMRegressor
-    estimator = kind(**parameters)
+    _require_known_parameters(job.model.parameters, frozenset(kind().get_params()))
 
     def tell(env: Any) -> None:
         scores = ", ".join(f"{entry[1]} {entry[2]:.5f}" for entry in env.evaluation_result_list)
         job.watch.detail(f"tree {env.iteration + 1} of {env.end_iteration}, validation {scores}")
 
     x = job.matrix(split.train)
-    estimator.fit(
-        x,
-        job.targets_of(split.train),
-        eval_X=(job.matrix(split.validation),),
-        eval_y=(job.targets_of(split.validation),),
-        callbacks=[lightgbm.early_stopping(20, verbose=False), tell],
-    )
+    with _refusals_of_lightgbm(job.model.parameters):
+        estimator = kind(**parameters)
+        estimator.fit(
+            x,
+            job.targets_of(split.train),
+            eval_X=(job.matrix(split.validation),),
+            eval_y=(job.targets_of(split.validation),),
+            callbacks=[lightgbm.early_stopping(20, verbose=False), tell],
+        )
     return EstimatorPipeline(estimator, job.preprocessor, x.shape[1], job.dataset.task, job.dataset.classes), None
 
 
+@contextlib.contextmanager
+def _refusals_of_lightgbm(parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Tell what LightGBM refuses as a fault of its parameters, where any were given."""
+    from lightgbm.basic import LightGBMError
+
+    try:
+        yield
+    except (LightGBMError, TypeError, ValueError) as exc:
+        if not parameters:
+            raise
+        raise failed(exc, f"[model] parameters = {dict(parameters)!r}: LightGBM", "correct the parameters") from exc
+
+
+def _require_known_parameters(parameters: Mapping[str, Any], arguments: frozenset[str]) -> None:
+    """Raise where LightGBM does not know a name: it would ignore it, and at our verbosity say nothing.
+
+    It tells which ones it does not know only by a warning, while it makes a data set.
+
+    Args:
+        arguments: of the estimator, which are not all LightGBM's own.
+    """
+    import lightgbm
+
+    asked = {name: value for name, value in parameters.items() if name not in arguments}
+    if not asked:
+        return
+    heard = _Heard()
+    log = logging.getLogger("modelyard.lightgbm")
+    log.propagate, log.handlers = False, [heard]
+    log.setLevel(logging.INFO)  # as which LightGBM logs its warnings too
+    # LightGBM has no way to ask which logger was set before: from here on its few warnings go to this one.
+    lightgbm.register_logger(log)
+    with _refusals_of_lightgbm(parameters):
+        rows = np.zeros((2, 1), dtype=np.float32)
+        lightgbm.Dataset(rows, label=np.array([0, 1]), params=asked | {"verbosity": 0}).construct()
+    unknown = [name for name in asked if f"Unknown parameter: {name}" in heard.messages]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], {*arguments, *_LIGHTGBM_NAMES}, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"[model] parameters: LightGBM knows no {unknown[0]!r}{hint}; correct the name or remove it")
+
+
+class _Heard(logging.Handler):
+    """Keeps what is logged, without LightGBM's name before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage().strip().removeprefix("[LightGBM] [Warning] "))
+
+
 def _linear(job: Job) -> Built:
-    return fit_linear(job.dataset, job.preprocessor), None
+    pipeline, converged = fit_linear(job.dataset, job.preprocessor)
+    if not converged:
+        job.watch.detail(f"the linear model is still short of its optimum after {LINEAR_ITERATIONS} iterations")
+    return pipeline, None
 
 
-def fit_linear(dataset: Dataset, preprocessor: Preprocessor) -> EstimatorPipeline:
-    """Logistic regression or ridge over the same features as every other model."""
+def fit_linear(dataset: Dataset, preprocessor: Preprocessor) -> tuple[EstimatorPipeline, bool]:
+    """Return logistic regression or ridge over the same features as every other model, and whether it converged."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
@@ -188,9 +307,10 @@ def fit_linear(dataset: Dataset, preprocessor: Preprocessor) -> EstimatorPipelin
     x = preprocessor.apply(dataset.take(rows))
     estimator = LogisticRegression(max_iter=LINEAR_ITERATIONS, tol=1e-3) if dataset.classes else Ridge()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a baseline that is a little short of its optimum will do
+        warnings.simplefilter("ignore", ConvergenceWarning)  # returned instead
         estimator.fit(x, encoded_targets(dataset, rows))
-    return EstimatorPipeline(estimator, preprocessor, x.shape[1], dataset.task, dataset.classes)
+    converged = not dataset.classes or int(np.max(estimator.n_iter_)) < LINEAR_ITERATIONS
+    return EstimatorPipeline(estimator, preprocessor, x.shape[1], dataset.task, dataset.classes), converged
 
 
 def _sklearn(job: Job) -> Built:
@@ -198,17 +318,30 @@ def _sklearn(job: Job) -> Built:
     assert job.model.callable is not None  # the configuration says so
     dataset, rows = job.dataset, job.dataset.split.train
     estimator = call(job.model.callable, job.root, field="[model] callable")
-    if not hasattr(estimator, "fit"):
-        raise TrainingError(
-            f"model.callable {job.model.callable!r} must return an estimator with fit(), got {type(estimator).__name__}"
-        )
-    estimator.fit(to_frame(dataset.take(rows), dataset.specs), job.targets_of(rows))
+    if inspect.isclass(estimator) or not hasattr(estimator, "fit"):
+        raise ConfigError(f"{_named(job)} must return an estimator with fit(), got {_told(estimator)}")
+    frame = to_frame(dataset.take(rows), dataset.specs)
+    remedy = f"it is given a DataFrame of {_columns(dataset)}: prepare them inside the estimator"
+    try:
+        estimator.fit(frame, job.targets_of(rows))
+    except Exception as exc:  # an estimator of the user's own may raise anything
+        raise failed(exc, f"{_named(job)}: {type(estimator).__name__}.fit()", remedy) from exc
     if dataset.classes and not hasattr(estimator, "predict_proba"):
-        raise TrainingError(
-            f"model.callable {job.model.callable!r}: {type(estimator).__name__} has no predict_proba(), and classes need scores; wrap "
-            "it in sklearn.calibration.CalibratedClassifierCV"
+        raise ConfigError(
+            f"{_named(job)}: {type(estimator).__name__} has no predict_proba(), and classes need scores; wrap it in "
+            "sklearn.calibration.CalibratedClassifierCV"
         )
+    try:
+        raw_answers(estimator, to_frame(dataset.take(dataset.split.test), dataset.specs))
+    except Exception as exc:  # as above
+        raise failed(exc, f"{_named(job)}: {type(estimator).__name__}, asked for the test rows,", remedy) from exc
     return FramePipeline(estimator, dataset.specs, dataset.task, dataset.classes), None
+
+
+def _columns(dataset: Dataset) -> str:
+    text = [repr(spec.name) for spec in dataset.specs if spec.datatype == "BYTES"]
+    listed = f" (text: {', '.join(text[:5])}{' …' if text[5:] else ''})" if text else ""
+    return f"{len(dataset.specs)} columns{listed}"
 
 
 BUILDERS: Mapping[str, Callable[[Job], Built]] = {
@@ -229,5 +362,7 @@ def _run_key(job: Job, module: "torch.nn.Module", torch_version: str) -> str:
         "module": str(module),  # what a callable returns may change without the configuration
         "fit": {key: value for key, value in to_builtins(job.fit).items() if key != "checkpoint_every_s"},
         "torch": torch_version,
+        "threads": job.fit.n_threads or os.cpu_count(),  # sums are rounded in another order on another number
+        "modelyard": __version__,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

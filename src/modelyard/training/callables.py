@@ -3,12 +3,16 @@
 import contextlib
 import difflib
 import importlib
+import inspect
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modelyard.errors import ConfigError
+from modelyard.errors import ConfigError, ModelyardError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def call(target: str, root: Path, *arguments: Any, field: str) -> Any:
@@ -18,7 +22,8 @@ def call(target: str, root: Path, *arguments: Any, field: str) -> Any:
         field: where the name was given, for the error: "[data] callable".
 
     Raises:
-        ConfigError: not of the form "module:function", or no such module or function.
+        ConfigError: not of the form "module:function", no such module or function, a module that cannot be imported, or a
+            function that takes other arguments or raises; chained to what was raised.
     """
     module_name, _, function_name = target.partition(":")
     if not module_name or not function_name:
@@ -28,10 +33,13 @@ def call(target: str, root: Path, *arguments: Any, field: str) -> Any:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as exc:
             if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
-                raise  # the module is there; something that it imports is not
+                # The module is there; something that it imports is not.
+                raise failed(exc, f"{field} = {target!r}: importing {module_name}", "correct or install it") from exc
             raise ConfigError(
                 f"{field} = {target!r}: no module {exc.name!r} in {root} or installed; correct the name"
             ) from exc
+        except Exception as exc:  # a module of the user's own may raise anything
+            raise failed(exc, f"{field} = {target!r}: importing {module_name}", "correct the module") from exc
         function = getattr(module, function_name, None)
         if not callable(function):
             public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -40,7 +48,45 @@ def call(target: str, root: Path, *arguments: Any, field: str) -> Any:
             raise ConfigError(
                 f"{field} = {target!r}: {module_name} has no function {function_name!r}{hint}; correct the name"
             )
-        return function(*arguments)
+        _require_arguments(function, arguments, f"{field} = {target!r}")
+        try:
+            return function(*arguments)
+        except ModelyardError:
+            raise
+        except Exception as exc:  # a function of the user's own may raise anything
+            raise failed(exc, f"{field} = {target!r}: the function", "correct it") from exc
+
+
+def failed(exc: BaseException, what: str, remedy: str) -> ConfigError:
+    """Return the error that says which code of the user's own raised what, where, and what to do.
+
+    Args:
+        what: the field and what was done, e.g. "[model] callable = 'own:model': fit()".
+    """
+    lines = str(exc).strip().splitlines()
+    raised = f"{type(exc).__name__}: {lines[0]}" if lines else type(exc).__name__
+    own = [frame for frame in traceback.extract_tb(exc.__traceback__) if _is_users(frame.filename)]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return ConfigError(f"{what} raised {raised}{where}; {remedy}")
+
+
+def _is_users(filename: str) -> bool:
+    path = Path(filename)
+    return not filename.startswith("<") and "site-packages" not in path.parts and _PACKAGE not in path.parents
+
+
+def _require_arguments(function: Any, arguments: tuple[Any, ...], where: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C tell none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as exc:
+        given = f"{len(arguments)} argument{'' if len(arguments) == 1 else 's'}"
+        raise ConfigError(
+            f"{where} is called with {given}, but its parameters are {signature} ({exc}); correct the parameters"
+        ) from exc
 
 
 @contextlib.contextmanager

@@ -29,10 +29,15 @@ HIGH_MISSING_SHARE = 0.5
 ID_SHARE = 0.95
 ID_MIN_ROWS = 100
 SMALL_CLASS_ROWS = 30
+MOSTLY_NUMERIC_SHARE = 0.8
+MOSTLY_NUMERIC_MIN_VALUES = 10
+"""Fewer numbers than this may well be codes."""
 IMBALANCE = 3.0
 """The most frequent class has this many times the rows of the rarest."""
 MAX_TENSOR_COLUMNS = 64
 """An array of more features than this a row is checked as a whole, not feature by feature."""
+LABEL_PRECISION = 0.01
+"""Of the label's standard deviation; a float32 must tell values this far apart from each other."""
 _TOP_VALUES = 3
 
 
@@ -65,6 +70,8 @@ def check_dataset(dataset: "Dataset", *, progress: Callable[[str], None], notes:
     progress("looking for equal rows")
     findings += _duplicate_findings(dataset, labels, progress)
     findings += _class_findings(dataset)
+    findings += _look_alike_findings(dataset)
+    findings += _precision_findings(dataset)
     rank = {"error": 0, "warning": 1, "info": 2}
     return DataReport(
         source=dataset.lineage.source,
@@ -231,7 +238,34 @@ def _column_findings(column: _Column, summary: ColumnSummary, dataset: "Dataset"
             {"n_distinct": summary.n_distinct, "n_present": round(present)},
         )
     if column.is_text:
+        yield from _mostly_numeric_finding(column)
         yield from _unseen_finding(column, dataset)
+
+
+def _mostly_numeric_finding(column: _Column) -> Iterator[Finding]:
+    """A few stray texts, or decimal commas, turn a column of numbers into categories."""
+    values = [str(value) for value in column.distinct]
+    odd = [value for value in values if not _is_number(value.replace(",", ".", 1))]
+    numbers = len(values) - len(odd)
+    if numbers < MOSTLY_NUMERIC_MIN_VALUES or numbers < MOSTLY_NUMERIC_SHARE * len(values):
+        return
+    why = f"not numbers: {some(odd)}" if odd else "written with decimal commas or kept as text"
+    yield Finding(
+        "warning",
+        "mostly-numeric",
+        column.name,
+        f"{column.name!r} is taken as text, but {count(numbers, 'distinct value')} of {len(values):,} are numbers ({why}); clean them "
+        "or make them empty, so that the column is read as numbers",
+        {"n_numbers": numbers, "n_values": len(values), "others": odd[: 10 * LISTED]},
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _tensor_findings(column: _Column, dataset: "Dataset") -> Iterator[Finding]:
@@ -478,4 +512,40 @@ def _class_findings(dataset: "Dataset") -> Iterator[Finding]:
                 "most_share": in_train[most] / n_train,
                 "least_share": in_train[least] / n_train,
             },
+        )
+
+
+def _look_alike_findings(dataset: "Dataset") -> Iterator[Finding]:
+    """Classes that differ in case or in spaces around them alone."""
+    groups: dict[str, list[str]] = {}
+    for name in dataset.classes:
+        if isinstance(name, str):
+            groups.setdefault(name.strip().casefold(), []).append(name)
+    alike = [names for names in groups.values() if len(names) > 1]
+    if alike:
+        listed = [" and ".join(repr(name) for name in names) for names in alike]
+        yield Finding(
+            "warning",
+            "look-alike-classes",
+            dataset.label_name,
+            f"classes differ in case or in spaces around them alone: {some(listed)}; if each is one class, write it in one way",
+            {"classes": alike},
+        )
+
+
+def _precision_findings(dataset: "Dataset") -> Iterator[Finding]:
+    """A quantity of which float32, the datatype of the graph's answers, keeps too few digits."""
+    if dataset.task != "regression":
+        return
+    values = dataset.label[dataset.split.train]
+    largest, std = float(np.abs(values).max()), float(values.std())
+    step = float(np.spacing(np.float32(largest)))
+    if step > LABEL_PRECISION * std:
+        yield Finding(
+            "warning",
+            "label-precision",
+            dataset.label_name,
+            f"answers are rounded to 32 bits, which near {largest:.6g} is to steps of {step:.3g}, and the training rows spread by "
+            f"{std:.3g} (standard deviation) only; subtract an offset from the label, or change its unit",
+            {"largest": largest, "step": step, "std": std},
         )

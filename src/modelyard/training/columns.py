@@ -90,9 +90,11 @@ def label_column(values: Any, data: DataConfig) -> tuple[NDArray[Any], Task, str
     missing = series.isna().to_numpy() | ((series == "").to_numpy() if kind == "text" else False)
     n_missing = int(np.count_nonzero(missing))
     if n_missing:
+        is_csv = data.path is not None and data.path.endswith(".csv")
+        texts = "; in CSV an empty field, NA, N/A, NaN, NULL and None are missing: call such a class otherwise"
         raise DataError(
             f"{where} is missing in {n_missing} of {len(series)} rows, first in row {int(np.argmax(missing))}; leave those rows "
-            "out or fill the label in",
+            f"out or fill the label in{texts if is_csv else ''}",
             n_missing=n_missing,
         )
     if kind == "text":
@@ -119,6 +121,12 @@ def label_column(values: Any, data: DataConfig) -> tuple[NDArray[Any], Task, str
     if task == "regression":
         if n_distinct < 2:
             raise DataError(f"{where}: every row has the value {numbers[0]}; there is nothing to predict")
+        row = int(np.argmax(np.abs(numbers)))
+        if abs(numbers[row]) > np.finfo(np.float32).max:
+            raise DataError(
+                f"{where}: {numbers[row]} in row {row} is too large for 32 bits, in which the bundle answers; change the label's "
+                "unit, or predict its logarithm"
+            )
         return numbers, task, note
     if not whole:
         row = int(np.argmax(numbers != np.floor(numbers)))

@@ -13,7 +13,7 @@ from modelyard.bundle.cases import Arrays, Run, differing_rows
 from modelyard.bundle.format import Bundle, BundleContent, write_bundle
 from modelyard.bundle.manifest import BATCH, Lineage, Signature, Targets, TensorSpec
 from modelyard.bundle.reference import summarise
-from modelyard.errors import SkewDetected
+from modelyard.errors import ExportError, SkewDetected
 from modelyard.metrics import Answers
 from modelyard.training.models import PREDICT_ROWS, Pipeline, class_array, class_codes, in_parts
 from modelyard.training.onnx_graph import GraphBuilder
@@ -82,19 +82,37 @@ def named_outputs(answers: Answers, signature: Signature) -> Arrays:
 
 
 def run_graph(model: bytes) -> Run:
-    """Return a function that answers named inputs with onnxruntime, in parts."""
+    """Return a function that answers named inputs with onnxruntime, in parts.
+
+    Raises:
+        ExportError: onnxruntime cannot load the graph; the function raises it where it cannot run.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # what fails is raised
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # onnxruntime's errors have no common class of their own
+        raise _cannot("load", exc) from exc
     names = [output.name for output in session.get_outputs()]
 
     def run(inputs: Arrays) -> Arrays:
-        parts = [session.run(names, dict(part)) for part in in_parts(inputs)]
+        try:
+            parts = [session.run(names, dict(part)) for part in in_parts(inputs)]
+        except Exception as exc:  # as above
+            raise _cannot("run", exc) from exc
         return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
 
     return run
+
+
+def _cannot(what: str, exc: Exception) -> ExportError:
+    first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    return ExportError(
+        f"onnxruntime cannot {what} the graph that was exported ({type(exc).__name__}: {first}); write the model with other "
+        "operations, or use another kind"
+    )
 
 
 def prove_no_skew(

@@ -28,6 +28,9 @@ from modelyard.training.fit_config import FitConfig
 
 WARM_UP_SHARE = 0.1
 PROGRESS_EVERY_S = 0.25
+MIN_ONEDNN_CHANNELS = 16
+"""A convolution of fewer channels in is not given to oneDNN in training; see _sound_convolutions."""
+MAX_PIXEL_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def fit(
     Raises:
         TrainingError: the loss is not a number, or the checkpoint is damaged or of another module.
     """
-    with _threads(config.n_threads):
+    with _threads(config.n_threads), _sound_convolutions(module):
         return _Loop(module, train, validation, config, meter, checkpoint, run_key, progress).run()
 
 
@@ -356,6 +359,32 @@ def _threads(n_threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         torch.set_rng_state(generator)
+
+
+@contextlib.contextmanager
+def _sound_convolutions(module: nn.Module) -> Iterator[None]:
+    """Keep narrow convolutions away from oneDNN ("mkldnn") inside the block.
+
+    With two threads or more and batches of an odd size, its gradients of strided convolutions that take fewer than 16
+    channels write past their memory, and the process ends in "corrupted size vs. prev_size", or computes on. Seen with
+    torch 2.13.0 on x86-64 with AVX-512 for 4 to 15 channels in; not with 16 or more, with one thread, or without oneDNN.
+    Unstrided ones were sound alone, and are kept away too but for a stem over pixels, so that the default networks keep
+    their speed.
+    """
+    if not any(_is_narrow(part) for part in module.modules()):
+        yield
+        return
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):  # naming TF32 would warn on a CPU
+        yield
+
+
+def _is_narrow(part: nn.Module) -> bool:
+    if not isinstance(
+        part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    ):
+        return False
+    is_stem = part.in_channels <= MAX_PIXEL_CHANNELS and all(step == 1 for step in part.stride)
+    return part.in_channels < MIN_ONEDNN_CHANNELS and not is_stem
 
 
 def _write_checkpoint(path: Path, tensors: dict[str, Tensor], state: _State) -> None:

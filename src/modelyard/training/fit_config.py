@@ -21,8 +21,9 @@ class FitConfig(Frozen, frozen=True):
     """Gradients are scaled down to this norm."""
     shift_pixels: Annotated[int, Meta(ge=0)] = 0
     """Images are moved by up to this many pixels each way, anew in every epoch."""
-    seed: Annotated[int, Meta(ge=0)] = 0
-    n_threads: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    """At most what NumPy, scikit-learn and LightGBM take too."""
+    n_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     """0 takes every core."""
     mixed_precision: Literal["auto", "off"] = "auto"
     """bfloat16 where a GPU computes it; never on a CPU, whose results stay exact."""

@@ -76,6 +76,7 @@ def rows_of_table(table: "pd.DataFrame", data: DataConfig, split: SplitConfig, p
             f"{data.source}: column name {odd!r} is not text; name every column, e.g. table.rename(columns=str)"
         )
     require_distinct(names, data.source)
+    _require_commas(names, data)
     require_rows(len(table), data)
     require_known([data.label], names, "[data] label")
     require_known(data.features, names, "[data] features")
@@ -112,6 +113,18 @@ def _feature_names(names: Sequence[str], data: DataConfig, split: SplitConfig) -
     if not features:
         raise DataError(f"{data.source}: no column is left to predict {data.label!r} from; shorten [data] drop")
     return features
+
+
+def _require_commas(names: Sequence[str], data: DataConfig) -> None:
+    """Raise when the label is not found because the whole header was read as one column."""
+    if len(names) != 1 or data.label in names or not (data.path or "").endswith(".csv"):
+        return
+    for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in names[0]:
+            raise DataError(
+                f"{data.source}: no column {data.label!r}: the file seems to be separated by {called}; write it with commas, or "
+                f"read it in a function of your own ([data] callable) with pandas.read_csv(…, sep={separator!r})"
+            )
 
 
 def require_rows(n_rows: int, data: DataConfig) -> None:
