@@ -10,7 +10,7 @@ from machine import ROOT, bar, heading
 from modelyard.bundle.format import Bundle, read_bundle
 from modelyard.bundle.store import LocalStore
 from modelyard.compress.measure import compare_cost
-from modelyard.inference.runtime._base import open_engine
+from modelyard.inference.runtime import open_engine
 
 
 def latest_pair(store: LocalStore) -> tuple[Bundle, Bundle] | None:

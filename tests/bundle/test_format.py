@@ -23,7 +23,7 @@ from modelyard.bundle.npz import read_npz, write_npz
 from modelyard.bundle.profile import Latency, Profile, add_profile, fingerprint
 from modelyard.bundle.reference import CategoryReference, NumericReference
 from modelyard.errors import GoldenCaseFailed, MalformedManifest, SignatureMismatch
-from modelyard.inference.runtime._base import open_engine
+from modelyard.inference.runtime import open_engine
 from modelyard.testing.bundles import SIGNATURE, late_bundle, late_cases, late_content, late_model
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 
 from modelyard.bundle.format import read_bundle
-from modelyard.inference.runtime._base import open_engine
+from modelyard.inference.runtime import open_engine
 
 
 def modelyard(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from modelyard.bundle.reference import summarise
 from modelyard.compress.quantize import TECHNIQUES, Technique, quantize
 from modelyard.compress.search import apply
 from modelyard.errors import CompressionError
-from modelyard.inference.runtime._base import open_engine
+from modelyard.inference.runtime import open_engine
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 from modelyard.testing.bundles import late_bundle
 

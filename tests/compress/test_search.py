@@ -10,7 +10,7 @@ from parents import Parent, make_parent
 from modelyard.bundle.format import content_of, read_bundle, write_bundle
 from modelyard.bundle.manifest import Targets
 from modelyard.compress.search import CompressConfig, Compression, LabelledRows, apply, compress
-from modelyard.inference.runtime._base import RowByRow, open_engine
+from modelyard.inference.runtime import RowByRow, open_engine
 from modelyard.prices import load_prices
 
 

@@ -88,7 +88,7 @@ def _ask(url: str, name: str, version: int, bundle: "Bundle", dataset: "Dataset"
 
     from modelyard.compress.search import run_rows
     from modelyard.inference.rows import example_row, predictions
-    from modelyard.inference.runtime._base import open_engine
+    from modelyard.inference.runtime import open_engine
 
     inputs = dataset.take(dataset.split.test)
     n_rows = len(dataset.split.test)

@@ -146,7 +146,7 @@ def _checks(path: Path, allow_domains: Iterable[str], *, run: bool) -> Iterator[
     yield "reference", f"{len(found.reference())} features"
     yield "profiles", str(len(found.profiles()))
     if run:
-        from modelyard.inference.runtime._base import open_engine
+        from modelyard.inference.runtime import open_engine
 
         engine = open_engine(found)
         try:

@@ -223,7 +223,7 @@ def _require_same_again(bundle: "Bundle", file: Path) -> None:
     """Open the bundle as a server would; remove it if its own golden cases fail, for no machine could serve it."""
     import shutil
 
-    from modelyard.inference.runtime._base import open_engine
+    from modelyard.inference.runtime import open_engine
 
     try:
         open_engine(bundle).close()
@@ -289,7 +289,10 @@ def _read(samples: Path, signature: "Signature") -> "Arrays":
     open_minded = structs.replace(
         signature, inputs=tuple(structs.replace(spec, nullable=True) for spec in signature.inputs)
     )
-    batches = list(RowFile(samples, open_minded, limit=MAX_SAMPLES).batches())
+    file = RowFile(samples, open_minded, limit=MAX_SAMPLES)
+    batches = list(file.batches())
+    if file.ignored:
+        click.echo(f"note: left out what the model does not take: {', '.join(file.ignored)}", err=True)
     if not batches:
         raise DataError(f"{samples}: has no rows; give at least one")
     if not all(spec.batched for spec in signature.inputs):
@@ -331,7 +334,7 @@ def _generated(signature: "Signature", file: Path, seed: int = 0) -> "Arrays":
 
 
 def _one_by_one(engine: Any, inputs: "Arrays") -> dict[str, Any]:
-    from modelyard.inference.runtime._base import RowByRow
+    from modelyard.inference.runtime import RowByRow
 
     return RowByRow(engine).run(inputs)
 

@@ -64,7 +64,7 @@ def predict(
     from modelyard.cli.rowfiles import CsvWriter, JsonLinesWriter, RowFile
     from modelyard.errors import DataError
     from modelyard.inference.rows import arrays_to_rows
-    from modelyard.inference.runtime._base import open_engine
+    from modelyard.inference.runtime import open_engine
 
     opened = read_bundle(bundle, allow_domains=allow_domains)
     engine = open_engine(opened, n_threads=threads)

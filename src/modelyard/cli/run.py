@@ -120,7 +120,7 @@ def _against(
     from modelyard.bundle.answers import answers_reader
     from modelyard.bundle.format import read_bundle
     from modelyard.compress.search import run_rows
-    from modelyard.inference.runtime._base import open_engine
+    from modelyard.inference.runtime import open_engine
     from modelyard.metrics import METRICS, find_metric
 
     simplest = model.comparisons[0]

@@ -11,7 +11,7 @@ from modelyard.bundle.cases import Arrays
 from modelyard.bundle.format import PROFILE, Bundle
 from modelyard.bundle.profile import Latency, Profile, add_profile, fingerprint
 from modelyard.compress.verdict import CostComparison
-from modelyard.inference.runtime._base import open_engine
+from modelyard.inference.runtime import open_engine
 from modelyard.statistics import ratio_interval
 
 PROFILE_BATCHES = (1, 8, 32, 128)

@@ -25,7 +25,7 @@ from modelyard.compress.measure import compare_cost
 from modelyard.compress.quantize import TECHNIQUES, Technique, quantize
 from modelyard.compress.verdict import Verdict, judge, test_quality
 from modelyard.errors import CompressionError
-from modelyard.inference.runtime._base import Engine, open_engine
+from modelyard.inference.runtime import Engine, open_engine
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 from modelyard.metering import Meter, Metered
 from modelyard.metrics import Answers, default_metric, find_metric

@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from modelyard.errors import MalformedGraph, MissingExtra, RequestError
-from modelyard.inference.runtime._base import Engine
+from modelyard.inference.runtime import Engine
 from modelyard.testing.bundles import late_cases, late_model
 
 MakeEngine = Callable[[bytes], Engine]

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from modelyard.bundle.cases import CaseSet
 from modelyard.bundle.format import write_bundle
 from modelyard.errors import GoldenCaseFailed, RequestError
-from modelyard.inference.runtime._base import Engine, RowByRow, open_engine
+from modelyard.inference.runtime import Engine, RowByRow, open_engine
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 from modelyard.testing.bundles import late_bundle, late_content, late_model
 from modelyard.testing.engines import EngineTests, MakeEngine

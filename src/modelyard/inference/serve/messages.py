@@ -48,7 +48,7 @@ def error_response(error: ModelyardError) -> Response:
     headers: list[tuple[bytes, bytes]] = []
     if "allow" in error.facts:
         headers.append((b"Allow", error.allow.encode()))
-    if error.status == 503:
+    if error.status == 503 and error.facts.get("retry", True):
         headers.append((b"Retry-After", b"1"))
     body = orjson.dumps({"error": str(error).encode("utf-8", "backslashreplace").decode()})
     return Response(error.status, body, headers=tuple(headers))

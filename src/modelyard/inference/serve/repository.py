@@ -12,7 +12,7 @@ from modelyard.bundle.manifest import Signature
 from modelyard.bundle.store import Store
 from modelyard.errors import ConfigError, ModelyardError, NotReady, UnknownModel
 from modelyard.inference.rows import example_row
-from modelyard.inference.runtime._base import open_engine
+from modelyard.inference.runtime import open_engine
 from modelyard.inference.serve.work import Instance, measure_row_s
 
 State = Literal["loading", "ready", "failed", "draining"]
@@ -141,7 +141,8 @@ class Repository:
         if entry.loaded is None:
             if entry.state == "failed":
                 raise NotReady(
-                    f"model {name!r} version {entry.version} failed to load and will not become ready by itself: {entry.reason}"
+                    f"model {name!r} version {entry.version} failed to load and will not become ready by itself: {entry.reason}",
+                    retry=False,
                 )
             raise NotReady(f"model {name!r} version {entry.version} is {entry.state}; try again later")
         return entry.loaded

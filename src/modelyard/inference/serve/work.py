@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from modelyard.bundle.cases import CaseSet
 from modelyard.bundle.manifest import Signature
-from modelyard.inference.runtime._base import Engine
+from modelyard.inference.runtime import Engine
 
 Outputs = Mapping[str, NDArray[Any]]
 
