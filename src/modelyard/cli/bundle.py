@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelyard.cli.options import allow_domain_option, as_json_option
 from modelyard.cli.terminal import printable
 from modelyard.errors import ModelyardError
 
@@ -17,14 +18,6 @@ if TYPE_CHECKING:
     from modelyard.bundle.profile import Profile
 
 _path = click.Path(path_type=Path)
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-_allow_domain = click.option(
-    "--allow-domain",
-    "allow_domains",
-    multiple=True,
-    metavar="DOMAIN",
-    help="Consent to an operator domain; repeatable.",
-)
 
 
 @click.group()
@@ -37,8 +30,8 @@ def bundle() -> None:
 
 @bundle.command()
 @click.argument("path", type=_path)
-@_allow_domain
-@_as_json
+@allow_domain_option
+@as_json_option
 def show(path: Path, allow_domains: tuple[str, ...], as_json: bool) -> None:
     """Print what a bundle holds: signature, operators, lineage, scores, cost, profiles.
 
@@ -59,8 +52,8 @@ def show(path: Path, allow_domains: tuple[str, ...], as_json: bool) -> None:
 @bundle.command()
 @click.argument("paths", type=_path, nargs=-1, required=True)
 @click.option("--no-run", is_flag=True, help="Read everything, but do not run the golden cases.")
-@_allow_domain
-@_as_json
+@allow_domain_option
+@as_json_option
 def verify(paths: tuple[Path, ...], no_run: bool, allow_domains: tuple[str, ...], as_json: bool) -> None:
     """Check every byte of each bundle, then run its golden cases on this machine.
 
@@ -94,8 +87,8 @@ def verify(paths: tuple[Path, ...], no_run: bool, allow_domains: tuple[str, ...]
 @bundle.command()
 @click.argument("a", type=_path)
 @click.argument("b", type=_path)
-@_allow_domain
-@_as_json
+@allow_domain_option
+@as_json_option
 def diff(a: Path, b: Path, allow_domains: tuple[str, ...], as_json: bool) -> None:
     """Print the fields and files in which two bundles differ.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelyard.cli.options import as_json_option, prices_option
 from modelyard.cli.progress import Progress
 from modelyard.cli.steps import checked_data, compressed, published
 from modelyard.errors import ConfigError
@@ -36,13 +37,8 @@ if TYPE_CHECKING:
     help="Folder for the accepted bundle [default: WORK/bundles/compressed-N].",
 )
 @click.option("--publish", is_flag=True, help="Publish an accepted bundle to the configured store.")
-@click.option(
-    "--prices",
-    type=click.Path(path_type=Path),
-    envvar="MODELYARD_PRICES",
-    help="Price file that overrides the catalogue.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@prices_option
+@as_json_option
 def compress(
     bundle: Path,
     config: Path,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelyard.cli.options import allow_domain_option, as_json_option
 from modelyard.errors import ConfigError, DataError, GoldenCaseFailed, ModelyardError, SignatureMismatch
 
 if TYPE_CHECKING:
@@ -45,10 +46,8 @@ MAX_GENERATED_BYTES = 64 * 2**20
 @click.option(
     "--atol", default=1e-4, show_default=True, help="How closely floats of the golden cases must be met, absolutely."
 )
-@click.option(
-    "--allow-domain", "allow_domains", multiple=True, metavar="D", help="Consent to operators of this ONNX domain."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@allow_domain_option
+@as_json_option
 def import_(
     file: Path,
     name: str,

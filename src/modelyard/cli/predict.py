@@ -6,6 +6,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from modelyard.cli.options import allow_domain_option
+
 if TYPE_CHECKING:
     from modelyard.bundle.manifest import Signature
 
@@ -25,13 +27,7 @@ _PROGRESS_EVERY_S = 2.0
 @click.option("--proba", is_flag=True, help="Give the score of each label too, not only the label.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Read only the first N rows.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0 is one per core.")
-@click.option(
-    "--allow-domain",
-    "allow_domains",
-    multiple=True,
-    metavar="D",
-    help="Consent to operators of this ONNX domain; repeat for more.",
-)
+@allow_domain_option
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document: the predictions, or with --output a summary."
 )

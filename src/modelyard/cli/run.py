@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelyard.cli.ask import serve_and_ask
+from modelyard.cli.options import prices_option
 from modelyard.cli.progress import Progress
 from modelyard.cli.steps import checked_data, compressed, published, store_url, trained, work_folder, write_beside
 from modelyard.cli.summary import Promotion, Variant, conclusion, story, table
@@ -22,12 +23,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), default="yard.toml", metavar="[YARD_TOML]")
 @click.option("--fresh", is_flag=True, help="Start training anew where a checkpoint of the same run would be taken up.")
-@click.option(
-    "--prices",
-    type=click.Path(path_type=Path),
-    envvar="MODELYARD_PRICES",
-    help="Price file that overrides the catalogue.",
-)
+@prices_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 def run(config: Path, fresh: bool, prices: Path | None, as_json: bool) -> None:
     """Do the whole job that YARD_TOML describes.

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelyard.cli.options import allow_domain_option
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -52,13 +54,7 @@ _LONGEST_EXAMPLE = 1000
     metavar="S",
     help="Seconds after SIGTERM to finish what is in flight.",
 )
-@click.option(
-    "--allow-domain",
-    "allow_domains",
-    multiple=True,
-    metavar="D",
-    help="Consent to operators of this ONNX domain; repeat for more.",
-)
+@allow_domain_option
 @click.option("--access-log", is_flag=True, help="Write one JSON line per request to stderr.")
 @click.option("--json", "as_json", is_flag=True, help='Print {"url": …, "models": …} to stdout when ready.')
 def serve(

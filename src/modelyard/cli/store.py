@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
+from modelyard.cli.options import allow_domain_option, as_json_option
 from modelyard.cli.terminal import printable
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 @click.group()
@@ -21,7 +20,7 @@ def store() -> None:
 
 @store.command("list")
 @click.argument("store_url", metavar="STORE")
-@_as_json
+@as_json_option
 def list_(store_url: str, as_json: bool) -> None:
     """Print each model with its versions and tags.
 
@@ -52,14 +51,8 @@ def list_(store_url: str, as_json: bool) -> None:
 @click.argument("store_url", metavar="STORE")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--name", help="Publish under this name rather than the one in the manifest.")
-@click.option(
-    "--allow-domain",
-    "allow_domains",
-    multiple=True,
-    metavar="DOMAIN",
-    help="Consent to an operator domain; repeatable.",
-)
-@_as_json
+@allow_domain_option
+@as_json_option
 def publish(store_url: str, bundle: Path, name: str | None, allow_domains: tuple[str, ...], as_json: bool) -> None:
     """Verify a bundle and copy it into a store as its next version.
 
@@ -85,7 +78,7 @@ def publish(store_url: str, bundle: Path, name: str | None, allow_domains: tuple
 @click.argument("tag")
 @click.argument("version")
 @click.option("--reason", help="Why, for those who read the history.")
-@_as_json
+@as_json_option
 def tag(store_url: str, name: str, tag: str, version: str, reason: str | None, as_json: bool) -> None:
     """Point a tag at a version, or at what another tag means now.
 
@@ -109,7 +102,7 @@ def tag(store_url: str, name: str, tag: str, version: str, reason: str | None, a
 @click.argument("store_url", metavar="STORE")
 @click.argument("name")
 @click.argument("tag")
-@_as_json
+@as_json_option
 def history(store_url: str, name: str, tag: str, as_json: bool) -> None:
     """Print every move of a tag, oldest first.
 

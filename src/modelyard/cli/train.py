@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelyard.cli.options import as_json_option, prices_option
 from modelyard.cli.progress import Progress
 from modelyard.cli.steps import checked_data, published, trained
 
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
 @click.option("--check-only", is_flag=True, help="Check the data, print the report and stop.")
 @click.option("--fresh", is_flag=True, help="Start anew where a checkpoint of the same run would be taken up.")
 @click.option("--publish", is_flag=True, help="Publish the bundle to the configured store.")
-@click.option(
-    "--prices",
-    type=click.Path(path_type=Path),
-    envvar="MODELYARD_PRICES",
-    help="Price file that overrides the catalogue.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@prices_option
+@as_json_option
 def train(
     config: Path, output: Path | None, check_only: bool, fresh: bool, publish: bool, prices: Path | None, as_json: bool
 ) -> None:
