@@ -80,8 +80,14 @@ def _require_same_rows(parent: "Bundle", dataset: "Dataset", config: Path) -> No
     trained_on = parent.manifest.lineage.data
     if trained_on is None:
         return
-    if (trained_on.digest, trained_on.split_digest) != (dataset.lineage.digest, dataset.lineage.split_digest):
-        raise ConfigError(
-            f"{parent.path} was trained on other rows or another split than {config} gives (data {trained_on.digest[:12]}… against "
-            f"{dataset.lineage.digest[:12]}…), so its test rows may be training rows; give the configuration it was trained with"
-        )
+    ours = dataset.lineage
+    if trained_on.digest != ours.digest:
+        difference = f"other rows (data {trained_on.digest[:12]}…, here {ours.digest[:12]}…)"
+    elif trained_on.split_digest != ours.split_digest:
+        difference = f"the same rows split otherwise ({trained_on.split!r}, here {ours.split!r})"
+    else:
+        return
+    raise ConfigError(
+        f"{parent.path} was trained on {difference}, so the test rows of {config} may be training rows; give the configuration it was "
+        "trained with"
+    )

@@ -91,12 +91,14 @@ def serve(
 
     from modelyard.bundle.format import MANIFEST
     from modelyard.bundle.store import open_store
-    from modelyard.errors import ConfigError
+    from modelyard.errors import ConfigError, NotInStore
     from modelyard.inference.serve.http import HttpLimits
     from modelyard.inference.serve.repository import Entry, Repository, choose, load
     from modelyard.inference.serve.server import ServerSettings, bind
     from modelyard.inference.serve.server import serve as serve_on
 
+    if "://" not in store and not Path(store).is_dir():
+        raise NotInStore(f"{store}: no such store folder; correct the path, or publish a bundle to it first")
     if (Path(store) / MANIFEST).is_file():
         raise ConfigError(f"{store}: is a bundle; give the folder of the store it lies in, STORE/NAME/VERSION")
     opened = open_store(store)

@@ -111,8 +111,8 @@ def test_when_no_model_can_be_loaded_the_server_ends_with_2(tmp_path: Path, publ
 
 def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path, store: Path) -> None:
     for arguments, message in [
-        ([str(tmp_path / "nowhere")], "no model in it"),
-        ([str(tmp_path)], "no model in it"),
+        ([str(tmp_path / "nowhere")], "no such store folder"),
+        ([str(tmp_path)], "no model in the store"),
         ([str(store / "tabular" / "1")], "is a bundle"),
         ([str(store), "--model", "nobody"], "nobody"),
         ([str(store), "--model", "tabular=9"], "no version 9"),

@@ -60,7 +60,7 @@ def choose(store: Store, wanted: Iterable[str] = ()) -> tuple[Pick, ...]:
     asked = [text.partition("=") for text in wanted] or [(name, "", "") for name in store.names()]
     if not asked:
         raise ConfigError(
-            f"{store!r}: there is no model in it; publish one with modelyard run, train or import, or correct the path"
+            "there is no model in the store; publish one with modelyard run, train or import, or correct the path"
         )
     picks = [Pick(name, store.resolve(name, ref or None)) for name, _, ref in asked]
     return tuple(dict.fromkeys(picks))
