@@ -1,13 +1,15 @@
 """A bundle's outputs read as answers: which output is the label, which holds the scores, which the value."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelyard.bundle.cases import Arrays, CaseSet
-from modelyard.bundle.manifest import Signature, TensorSpec
+from modelyard.bundle.manifest import Score, Signature, TensorSpec
 from modelyard.errors import SignatureMismatch
-from modelyard.metrics import Answers
+from modelyard.metrics import Answers, find_metric
 
 N_CASES = 32
 _FLOATS = ("FP16", "FP32", "FP64")
@@ -51,6 +53,12 @@ def answers_reader(signature: Signature, task: str, positive: str | int | None =
         f"outputs {[spec.name for spec in signature.outputs]} cannot be scored as {task}: classification needs an output with "
         "labels, regression one float per row; say so when importing the model"
     )
+
+
+def score_of(metric: str, truth: NDArray[Any], answers: Answers) -> Score:
+    """Return a metric on rows with their truth, shape (n,), and its 95 % interval, as a lineage records it."""
+    interval = find_metric(metric).score(truth, answers)
+    return Score(metric=metric, value=interval.value, low=interval.low, high=interval.high, n_samples=len(truth))
 
 
 def choose_cases(inputs: Arrays, outputs: Arrays, signature: Signature, *, margin: float, seed: int = 0) -> CaseSet:

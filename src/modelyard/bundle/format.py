@@ -138,6 +138,12 @@ def content_of(bundle: Bundle) -> BundleContent:
     )
 
 
+def require_free(target: Path) -> None:
+    """Raise FileExistsError when there is something at `target`; asked before long work as well as before writing."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists; a bundle is never overwritten: choose another path or remove it")
+
+
 def write_bundle(target: Path, content: BundleContent, limits: Limits = DEFAULT_LIMITS) -> Bundle:
     """Write `content` as a bundle at `target`, which must not exist, and return it as read back.
 
@@ -145,8 +151,7 @@ def write_bundle(target: Path, content: BundleContent, limits: Limits = DEFAULT_
         FileExistsError: `target` exists; nothing was written.
         BundleError: the content breaks the format.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; a bundle is never overwritten: choose another path or remove it")
+    require_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     beside.mkdir()

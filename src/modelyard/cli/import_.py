@@ -122,6 +122,7 @@ def _write(
     from modelyard.bundle.independence import rows_independent
     from modelyard.bundle.manifest import Lineage
     from modelyard.bundle.reference import summarise
+    from modelyard.inference.runtime import RowByRow
     from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 
     graph = read_graph(file, extra_domains=allow_domains)
@@ -144,7 +145,7 @@ def _write(
         engine.run, {key: array[:N_GENERATED] for key, array in inputs.items()}
     )
     if not independent:
-        outputs = _one_by_one(engine, inputs)
+        outputs = RowByRow(engine).run(inputs)
     bundle = write_bundle(
         target,
         BundleContent(
@@ -330,12 +331,6 @@ def _generated(signature: "Signature", file: Path, seed: int = 0) -> "Arrays":
             array = rng.integers(0, most, size=shape).astype(spec.numpy_dtype)
         inputs[spec.name] = np.asarray(array)  # of no axes, it would be a bare number
     return inputs
-
-
-def _one_by_one(engine: Any, inputs: "Arrays") -> dict[str, Any]:
-    from modelyard.inference.runtime import RowByRow
-
-    return RowByRow(engine).run(inputs)
 
 
 def _whole(inputs: "Arrays", outputs: "Arrays") -> Any:

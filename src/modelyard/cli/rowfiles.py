@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import click
 import numpy as np
@@ -253,14 +253,6 @@ def _cell(text: str, spec: TensorSpec | None) -> Any:
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-class Writer(Protocol):
-    """Takes answers as they come."""
-
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write one line per row."""
-        ...
 
 
 class JsonLinesWriter:

@@ -15,9 +15,9 @@ import numpy as np
 from msgspec import Meta, structs
 from numpy.typing import NDArray
 
-from modelyard.bundle.answers import answers_reader, choose_cases
+from modelyard.bundle.answers import answers_reader, choose_cases, score_of
 from modelyard.bundle.cases import Arrays
-from modelyard.bundle.format import Bundle, content_of, write_bundle
+from modelyard.bundle.format import Bundle, content_of, require_free, write_bundle
 from modelyard.bundle.independence import rows_independent
 from modelyard.bundle.manifest import Lineage, Score
 from modelyard.bundle.reference import summarise
@@ -25,10 +25,10 @@ from modelyard.compress.measure import compare_cost
 from modelyard.compress.quantize import TECHNIQUES, Technique, quantize
 from modelyard.compress.verdict import Verdict, judge, test_quality
 from modelyard.errors import CompressionError
-from modelyard.inference.runtime import Engine, open_engine
+from modelyard.inference.runtime import Engine, RowByRow, open_engine
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
 from modelyard.metering import Meter, Metered
-from modelyard.metrics import Answers, default_metric, find_metric
+from modelyard.metrics import Answers, default_metric
 from modelyard.prices import Device
 from modelyard.provenance import environment
 from modelyard.schema import Frozen, to_builtins
@@ -117,28 +117,25 @@ def apply(parent: Bundle, technique: Technique, target: Path, *, calibration: Ar
         CompressionError: the technique does not apply.
         FileExistsError: `target` exists.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; a bundle is never overwritten: choose another path or remove it")
+    require_free(target)
     model = quantize(parent, technique, calibration)
     engine = OnnxRuntimeEngine(model)
     cases = parent.cases()
     independent = rows_independent(engine.run, cases.inputs)
-    outputs = {
-        "held_out": run_rows(engine, held_out, one_by_one=not independent),
-        "cases": run_rows(engine, cases.inputs, one_by_one=not independent),
-    }
+    served = engine if independent else RowByRow(engine)
+    outputs, case_outputs = run_rows(served, held_out), run_rows(served, cases.inputs)
     engine.close()
     reference = {name: feature for name, feature in parent.reference().items() if name.startswith("input:")}
     reference |= {
         name: feature
-        for name, feature in summarise(held_out, outputs["held_out"], parent.signature).items()
+        for name, feature in summarise(held_out, outputs, parent.signature).items()
         if name.startswith("output:")
     }
     parents = parent.manifest.lineage
     content = replace(
         content_of(parent),
         model=model,
-        cases=choose_cases(cases.inputs, outputs["cases"], parent.signature, margin=2 * INT8_TOLERANCE),
+        cases=choose_cases(cases.inputs, case_outputs, parent.signature, margin=2 * INT8_TOLERANCE),
         reference=reference,
         lineage=Lineage(
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -181,8 +178,7 @@ def compress(
         FileExistsError: `target` exists.
         SignatureMismatch: the parent's outputs cannot be scored.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; a bundle is never overwritten: choose another path or remove it")
+    require_free(target)
     meter = Meter(prices)
     step("the parent's answers")
     judged = _Judge(parent, calibration, selection, test, work, detail)
@@ -263,7 +259,7 @@ class _Judge:
         verdict = self._judge(self.test, parents, answers, candidate.verdict.cost, candidate.bundle)
         names = [self.metric, *(score.metric for score in self.parent.manifest.lineage.scores)]
         return replace(candidate, verdict=verdict, reason=_sentence(verdict)), tuple(
-            _score(name, self.test.truth, answers) for name in dict.fromkeys(names)
+            score_of(name, self.test.truth, answers) for name in dict.fromkeys(names)
         )
 
     def _judge(self, rows: LabelledRows, parents: Answers, answers: Answers, cost: Any, bundle: Bundle) -> Verdict:
@@ -271,24 +267,18 @@ class _Judge:
         return judge(quality, cost, rows_independent=bundle.manifest.rows_independent)
 
 
-def run_rows(engine: Engine, inputs: Arrays, *, one_by_one: bool = False) -> dict[str, NDArray[Any]]:
+def run_rows(engine: Engine, inputs: Arrays) -> dict[str, NDArray[Any]]:
     """Answer many rows in parts, so that memory stays flat."""
     n_rows = len(next(iter(inputs.values())))
-    size = 1 if one_by_one else RUN_ROWS
     parts = [
-        engine.run({name: array[start : start + size] for name, array in inputs.items()})
-        for start in range(0, n_rows, size)
+        engine.run({name: array[start : start + RUN_ROWS] for name, array in inputs.items()})
+        for start in range(0, n_rows, RUN_ROWS)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _sentence(verdict: Verdict) -> str:
     return f"{verdict.outcome}: {'; '.join(verdict.reasons)}"
-
-
-def _score(name: str, truth: NDArray[Any], answers: Answers) -> Score:
-    interval = find_metric(name).score(truth, answers)
-    return Score(metric=name, value=interval.value, low=interval.low, high=interval.high, n_samples=len(truth))
 
 
 def _publishable(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelyard.bundle.answers import score_of
 from modelyard.bundle.manifest import Score
 from modelyard.errors import ConfigError, DataError
 from modelyard.metrics import METRICS, Answers, Label, class_indices, find_metric, predicted_classes
@@ -171,7 +172,7 @@ def evaluate(
         raise ConfigError(
             "metrics must name at least one metric, got none; accuracy, auc or rmse is a start", field="metrics"
         )
-    scores = tuple(_score(name, truth, answers) for name in metric_names)
+    scores = tuple(score_of(name, truth, answers) for name in metric_names)
     higher_is_better = find_metric(metric_names[0]).higher_is_better
     scored: list[SliceScore] = []
     n_small = n_unscored = 0
@@ -180,7 +181,7 @@ def evaluate(
             n_small += bool(rows.any())
             continue
         try:
-            parts = tuple(_score(name, truth[rows], _subset(answers, rows)) for name in metric_names)
+            parts = tuple(score_of(name, truth[rows], _subset(answers, rows)) for name in metric_names)
         except DataError:
             # The whole could be scored, so the answers are sound; the metric is undefined on these rows alone.
             n_unscored += 1
@@ -212,15 +213,10 @@ def compare(
         metric=metric,
         method=scored.method,
         baseline_name=baseline_name,
-        model=_score(metric, truth, model),
-        baseline=_score(metric, truth, baseline),
+        model=score_of(metric, truth, model),
+        baseline=score_of(metric, truth, baseline),
         difference=scored.difference(truth, model, baseline),
     )
-
-
-def _score(name: str, truth: NDArray[Any], answers: Answers) -> Score:
-    interval = find_metric(name).score(truth, answers)
-    return Score(metric=name, value=interval.value, low=interval.low, high=interval.high, n_samples=len(truth))
 
 
 def _interval(score: Score) -> Interval:

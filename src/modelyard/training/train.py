@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from modelyard.bundle.format import Bundle
+from modelyard.bundle.format import Bundle, require_free
 from modelyard.bundle.manifest import Lineage, Targets
 from modelyard.errors import ConfigError
 from modelyard.metering import Meter, Metered
@@ -68,8 +68,7 @@ def train(
     Raises:
         TrainingError, ExportError, SkewDetected, MissingExtra; FileExistsError for `target`.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; a bundle is never overwritten: choose another path or remove it")
+    require_free(target)
     watch = watch or Watch()
     meter = Meter(prices, gpu=_takes_gpu(model))
     split = dataset.split

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.bundle.cases import Arrays, Run, differing_rows
-from modelyard.bundle.format import Bundle, read_bundle
+from modelyard.bundle.format import Bundle, read_bundle, require_free
 from modelyard.bundle.independence import rows_independent
 from modelyard.bundle.manifest import Lineage, Signature, Targets
 from modelyard.bundle.store import Store, open_store
@@ -65,8 +65,8 @@ def import_model(
     if store is None and target is None:
         raise ConfigError("import_model needs store or target, got neither; say where the bundle is to go")
     folder = None if target is None else Path(target)
-    if folder is not None and folder.exists():
-        raise FileExistsError(f"{folder} exists; a bundle is never overwritten: choose another path or remove it")
+    if folder is not None:
+        require_free(folder)
     meter = Meter(load_prices())
     imported = _import(obj, samples, None if labels is None else tuple(labels), task)
     if task is not None and imported.task != task:
