@@ -30,12 +30,15 @@ done and whose outcome is "no".
     ├── ExportError (RuntimeError)             the pipeline cannot be expressed as one ONNX graph
     │   └── SkewDetected                       graph and pipeline disagree on a row
     ├── CompressionError (RuntimeError)        a technique does not apply to this bundle
+    ├── Overloaded (RuntimeError)              503: more work than can be done in time; the client may try again later
+    ├── DeadlineExceeded (TimeoutError)        504: it could not be done by its deadline
     └── RequestError (ValueError)              the client's fault, 400
         ├── UnknownModel (LookupError)         404
         ├── UnknownPath (LookupError)          404
         ├── MethodNotAllowed                   405
         ├── ClientTooSlow                      408
         ├── BodyTooLarge                       413
+        ├── UnsupportedEncoding                415
         ├── HeadersTooLarge                    431
         └── NotReady                           503: loading or draining; not the client's fault
 """
@@ -179,6 +182,18 @@ class CompressionError(ModelyardError, RuntimeError):
     exit_code = 1
 
 
+class Overloaded(ModelyardError, RuntimeError):
+    """There is more work than can be done in time. `cause` says which limit was met, `retry_after_s` when to try again."""
+
+    status = 503
+
+
+class DeadlineExceeded(ModelyardError, TimeoutError):
+    """The request could not be done by its deadline. `cause` and `retry_after_s` as above."""
+
+    status = 504
+
+
 class RequestError(ModelyardError, ValueError):
     """The request is wrong; the client must correct it."""
 
@@ -213,6 +228,12 @@ class BodyTooLarge(RequestError):
     """The body exceeds the server's limit."""
 
     status = 413
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is compressed in a way that is not taken."""
+
+    status = 415
 
 
 class HeadersTooLarge(RequestError):

@@ -1,7 +1,6 @@
 """`modelyard serve`: a store's models over HTTP."""
 
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from modelyard.inference.serve.repository import Loaded
+    from modelyard.inference.serve.seat import Seat
 
 _LONGEST_EXAMPLE = 1000
 
@@ -25,6 +25,14 @@ _LONGEST_EXAMPLE = 1000
     multiple=True,
     metavar="NAME[=VERSION|TAG]",
     help="Serve only this model; repeat for more. Default: every model's champion, else its latest version.",
+)
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes that answer.")
+@click.option(
+    "--target",
+    "target_s",
+    type=click.FloatRange(0, min_open=True),
+    metavar="S",
+    help="Latency to aim at, in seconds. Default: the bundle's latency_p99_s, else 1.",
 )
 @click.option(
     "--threads",
@@ -62,6 +70,8 @@ def serve(
     host: str,
     port: int,
     models: tuple[str, ...],
+    workers: int,
+    target_s: float | None,
     threads: int,
     max_body_bytes: int,
     read_timeout_s: float,
@@ -83,19 +93,19 @@ def serve(
       curl localhost:8000/v2/models/flights
     """
     import json
-    import os
     import sys
+    from functools import partial
     from pathlib import Path
-
-    import uvloop
 
     from modelyard.bundle.format import MANIFEST
     from modelyard.bundle.store import open_store
     from modelyard.errors import ConfigError, NotInStore
     from modelyard.inference.serve.http import HttpLimits
-    from modelyard.inference.serve.repository import Entry, Repository, choose, load
+    from modelyard.inference.serve.repository import Loaded, ModelSettings, Repository, choose, load
     from modelyard.inference.serve.server import ServerSettings, bind
     from modelyard.inference.serve.server import serve as serve_on
+    from modelyard.inference.serve.supervisor import SupervisorSettings
+    from modelyard.inference.serve.worker import run_worker
 
     if "://" not in store and not Path(store).is_dir():
         raise NotInStore(f"{store}: no such store folder; correct the path, or publish a bundle to it first")
@@ -106,39 +116,39 @@ def serve(
     settings = ServerSettings(
         host=host,
         port=port,
-        drain_timeout_s=drain_timeout_s,
         access_log=access_log,
         limits=HttpLimits(max_body_bytes=max_body_bytes, read_timeout_s=read_timeout_s),
+        processes=SupervisorSettings(n_workers=workers, drain_timeout_s=drain_timeout_s),
     )
-    bound = bind(settings)
-    repository = Repository(picks)
-    entries: list[Entry] = []
+    bound = bind(host, port)
 
-    def on_change(entry: Entry) -> None:
-        entries.append(entry)
-        if entry.loaded is not None:
-            click.echo(f"{entry.name} version {entry.version}: loaded in {entry.loaded.load_s:.3f} s", err=True)
-        else:
-            click.echo(f"{entry.name} version {entry.version}: {entry.state}: {entry.reason}", err=True)
+    def describe(loaded: Loaded) -> str:
+        return _example(bound.url, loaded, Path(store, loaded.name, str(loaded.version)))
 
-    def on_ready() -> None:
+    def on_ready(reports: list[dict[str, Any]]) -> None:
+        served = reports[0]["models"]
+        for model in served:
+            said = f"loaded in {model['load_s']:.3f} s" if "load_s" in model else f"{model['state']}: {model['reason']}"
+            click.echo(f"{model['name']} version {model['version']}: {said}", err=True)
         click.echo(f"ready on {bound.url}", err=True)
-        for entry in entries:
-            if entry.loaded is not None:
-                bundle = Path(store, entry.name, str(entry.version))
-                click.echo(f"  {_example(bound.url, entry.loaded, bundle)}", err=True)
+        for model in served:
+            if "example" in model:
+                click.echo(f"  {model['example']}", err=True)
         if as_json:
-            served = [{"name": e.name, "version": e.version, "state": e.state, "reason": e.reason} for e in entries]
-            click.echo(json.dumps({"url": bound.url, "models": served}))
+            told = [{key: model[key] for key in ("name", "version", "state", "reason")} for model in served]
+            click.echo(json.dumps({"url": bound.url, "models": told}))
             sys.stdout.flush()
 
-    load_one = partial(load, opened, n_threads=threads, allow_domains=allow_domains)
-    cut_off = uvloop.run(serve_on(bound, repository, load_one, settings, on_change=on_change, on_ready=on_ready))
-    if cut_off:
-        click.echo(f"ended with {cut_off} connections unanswered; give it longer with --drain-timeout", err=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1 if cut_off else 0)  # a thread may be deep in a run or a load that nobody waits for any more
+    model_settings = ModelSettings(n_threads=threads, target_s=target_s)
+    load_one = partial(load, opened, settings=model_settings, allow_domains=allow_domains)
+
+    def worker(seat: "Seat") -> int:
+        return run_worker(seat, settings, Repository(picks), load_one, describe)
+
+    code = serve_on({"http": bound}, settings, worker, on_ready=on_ready, on_event=partial(click.echo, err=True))
+    if code == 1:
+        click.echo("ended with connections unanswered; give them longer with --drain-timeout", err=True)
+    sys.exit(code)
 
 
 def _example(url: str, model: "Loaded", bundle: "Path") -> str:

@@ -5,17 +5,24 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
-from modelyard.errors import DigestMismatch, NotReady
+from modelyard.errors import DigestMismatch
 from modelyard.inference.runtime._base import Arrays
+from modelyard.inference.serve import tensorflow
 from modelyard.inference.serve.app import App
-from modelyard.inference.serve.messages import Request, Response, json_response
+from modelyard.inference.serve.executor import Executor
+from modelyard.inference.serve.front import Front
+from modelyard.inference.serve.latency_model import LatencyModel
+from modelyard.inference.serve.messages import Head, Request, Response, json_response
+from modelyard.inference.serve.metrics import new_slabs
+from modelyard.inference.serve.observe import ServerMetrics
+from modelyard.inference.serve.packing import Packer
 from modelyard.inference.serve.repository import Entry, Loaded, Pick, Repository
-from modelyard.inference.serve.work import Instance
+from modelyard.inference.serve.routes import Route
+from modelyard.inference.serve.scheduling import Policy, Scheduler
 
 SPEC = TensorSpec(name="x", datatype="FP32", shape=(BATCH,))
 
@@ -34,32 +41,47 @@ class Faulty:
 
 def loaded(row_s: float) -> Loaded:
     signature = Signature(inputs=(SPEC,), outputs=(SPEC,))
-    return Loaded("m", 1, signature, Instance(Faulty(), row_s, "m"), {"x": 1.0}, 0.0)
+    scheduler = Scheduler(Policy(target_s=10.0, max_batch_size=8), LatencyModel(8, guess_row_s=row_s))
+    executor = Executor(Faulty(), Packer(signature), scheduler, name="m version 1", max_batch_size=8)
+    return Loaded("m", 1, signature, executor, 10.0, {"x": 1.0}, 0.0)
 
 
-async def ready_repository(row_s: float) -> Repository:
-    repository = Repository([Pick("m", 1)])
-    changes: list[Entry] = []
-    with ThreadPoolExecutor(1) as executor:
-        await repository.load_all(lambda pick: loaded(row_s), executor, changes.append)
-    assert [change.state for change in changes] == ["ready"]
-    return repository
+def app_of(repository: Repository) -> App:
+    return App(tensorflow.routes(Front(repository, ServerMetrics(new_slabs())), repository))
 
 
-def request() -> Request:
-    return Request("POST", "/v1/models/m:predict", "", {}, b'{"instances": [1.5]}', "the-id")
+class Asked(Request):
+    """A request whose answer can be awaited."""
+
+    __slots__ = ("answered",)
+
+    def __init__(self, path: str = "/v1/models/m:predict") -> None:
+        super().__init__(
+            Head("POST", path, headers={b"x-request-id": b"the-id"}), b'{"instances": [1.5]}', arrived_s=float("inf")
+        )
+        self.answered = asyncio.Event()
+
+    def reply(self, response: Response) -> None:
+        super().reply(response)
+        self.answered.set()
 
 
-@pytest.mark.parametrize("row_s", [0.0, 1.0], ids=["on the loop", "on the thread"])
+@pytest.mark.parametrize("row_s", [1e-6, 1.0], ids=["on the loop", "on a thread"])
 def test_a_bug_is_500_without_internals_and_its_traceback_goes_to_stderr(
     row_s: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def ask() -> Response:
-        repository = await ready_repository(row_s)
-        answer = App(repository).answer(request())
-        response = answer if isinstance(answer, Response) else await answer
+        repository = Repository([Pick("m", 1)])
+        changes: list[Entry] = []
+        with ThreadPoolExecutor(1) as pool:
+            await repository.load_all(lambda pick: loaded(row_s), pool, changes.append)
+        assert [change.state for change in changes] == ["ready"]
+        request = Asked()
+        app_of(repository)(request)
+        await request.answered.wait()
         repository.close()
-        return response
+        assert request.response is not None
+        return request.response
 
     response = asyncio.run(ask())
     assert response.status == 500
@@ -70,47 +92,56 @@ def test_a_bug_is_500_without_internals_and_its_traceback_goes_to_stderr(
 
 
 def test_a_model_that_is_loading_is_503_and_says_when_to_come_back() -> None:
-    repository = Repository([Pick("m", 1)])
-    answer = App(repository).answer(request())
-    assert isinstance(answer, Response)
-    assert answer.status == 503
-    assert (b"Retry-After", b"1") in answer.headers
-    assert b"loading" in answer.body
-    assert not repository.ready
-    with pytest.raises(NotReady):
-        repository.get("m")
+    async def ask() -> Response | None:
+        repository = Repository([Pick("m", 1)])
+        assert not repository.ready
+        request = Asked()
+        app_of(repository)(request)
+        return request.response
+
+    response = asyncio.run(ask())
+    assert response is not None
+    assert response.status == 503
+    assert (b"Retry-After", b"1") in response.headers
+    assert b"loading" in response.body
 
 
-def test_a_model_that_failed_to_load_says_why_and_asks_nobody_to_wait() -> None:
-    async def failed() -> Repository:
+def test_a_model_that_failed_to_load_is_503_with_the_reason_and_no_time_to_come_back() -> None:
+    async def fail() -> Response | None:
         def load_one(pick: Pick) -> Loaded:
-            raise DigestMismatch("model.onnx: its SHA-256 is another; fetch the bundle again")
+            raise DigestMismatch("model.onnx: the digest is wrong")
 
         repository = Repository([Pick("m", 1)])
-        with ThreadPoolExecutor(1) as executor:
-            await repository.load_all(load_one, executor, lambda entry: None)
-        return repository
+        with ThreadPoolExecutor(1) as pool:
+            await repository.load_all(load_one, pool, lambda entry: None)
+        request = Asked()
+        app_of(repository)(request)
+        return request.response
 
-    repository = asyncio.run(failed())
-    with pytest.raises(
-        NotReady, match=r"failed to load.*not become ready by itself: model\.onnx: its SHA-256"
-    ) as caught:
-        repository.get("m")
-    assert "try again later" not in str(caught.value)
-
-
-def test_a_draining_server_is_not_ready_and_goes_on_answering() -> None:
-    async def drained() -> Repository:
-        repository = await ready_repository(0.0)
-        assert repository.ready
-        repository.drain()
-        return repository
-
-    repository = asyncio.run(drained())
-    assert not repository.ready
-    assert repository.entry("m").state == "draining"
-    assert repository.get("m").version == 1
+    response = asyncio.run(fail())
+    assert response is not None
+    assert response.status == 503
+    assert b"the digest is wrong" in response.body
+    assert not response.headers
 
 
-def test_nan_in_answers_is_null() -> None:
-    assert json_response({"x": np.array([np.nan, np.inf, 1], dtype=np.float32)}).body == b'{"x":[null,null,1.0]}'
+def test_a_handler_may_answer_later_and_its_bug_is_caught_too(capsys: pytest.CaptureFixture[str]) -> None:
+    async def slowly(request: Request) -> Response:
+        await asyncio.sleep(0)
+        return json_response({"done": request.body == b'{"instances": [1.5]}'})
+
+    async def badly(request: Request) -> Response:
+        await asyncio.sleep(0)
+        raise KeyError("oops")
+
+    async def ask(path: str) -> Response:
+        app = App([Route("POST", "/slow", slowly), Route("POST", "/bad", badly)])
+        request = Asked(path)
+        app(request)
+        await request.answered.wait()
+        assert request.response is not None
+        return request.response
+
+    assert asyncio.run(ask("/slow")).body == b'{"done":true}'
+    assert asyncio.run(ask("/bad")).status == 500
+    assert "oops" in capsys.readouterr().err

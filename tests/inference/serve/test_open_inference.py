@@ -87,7 +87,7 @@ def test_the_client_sees_health_metadata_and_versions(client: Any) -> None:
     assert client.is_server_ready()
     assert client.is_model_ready("flights")
     assert client.is_model_ready("flights", "1")
-    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "classification", "parameters", "schedule_policy"]
     metadata = client.get_model_metadata("flights", "1")
     assert metadata["versions"] == ["1"]
     assert metadata["inputs"][2] == {"name": "carrier", "datatype": "BYTES", "shape": [-1]}
@@ -140,7 +140,9 @@ def test_faults_of_the_client_are_4xx_and_say_what_is_wrong(server: Any) -> None
         ({"inputs": [good | {"parameters": {"binary_data_size": 120}}]}, "either data or"),
         ({"inputs": [good | {"parameters": 5}]}, "must be an object"),
         ({"inputs": [good], "outputs": [{"name": "x"}]}, "unknown output 'x'"),
-        ({"inputs": [good], "outputs": [{"name": "scores", "parameters": {"classification": 1}}]}, "classification"),
+        ({"inputs": [good], "outputs": [{"name": "scores", "parameters": {"classification": -1}}]}, "classification"),
+        ({"inputs": [good], "parameters": {"timeout": -1}}, "microseconds"),
+        ({"inputs": [good], "parameters": {"priority": "high"}}, "priority"),
         ({"inputs": [good], "parameters": {"binary_data_output": "yes"}}, "true or false"),
     ]
     for body, message in cases:
@@ -171,9 +173,9 @@ def test_lying_binary_lengths_are_refused(server: Any) -> None:
         (-1, row, None, "number of bytes"),
         (2**62, row, None, "bytes are left"),
         ("120", row, None, "number of bytes"),
-        (120, row, "999999", "must be from 1"),
-        (120, row, "-5", "must be from 1"),
-        (120, row, "0", "must be from 1"),
+        (120, row, "999999", "must be from 0"),
+        (120, row, "-5", "must be from 0"),
+        (120, row, "0", "takes 120 bytes"),
         (120, row, "10", "not valid JSON"),
         (120, np.full(30, np.nan, dtype="<f4").tobytes(), None, "NaN"),
     ]:

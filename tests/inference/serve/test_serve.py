@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.bundle.store import open_store
-from modelyard.inference.serve.work import INLINE_BELOW_S, place
 
 
 def get(url: str) -> tuple[int, Any]:
@@ -214,13 +213,6 @@ def test_the_access_log_has_a_json_line_per_request(store: Path, serve: Any) -> 
         ("GET", "/nowhere", 404),
     ]
     assert all(line["request_id"] and line["duration_s"] >= 0 for line in lines)
-
-
-def test_only_what_is_quicker_than_a_hand_over_runs_on_the_loop() -> None:
-    assert place(1, 10e-6) == "loop"
-    assert place(int(INLINE_BELOW_S / 10e-6) + 1, 10e-6) == "thread"
-    assert place(1, 5e-3) == "thread"
-    assert place(1, float("inf")) == "thread"
 
 
 def test_the_printed_example_of_an_image_copes_with_any_path(

@@ -1,42 +1,49 @@
 """Everything between the HTTP edge and the models: the protocols' routes in one table, and faults turned into answers."""
 
+import asyncio
 import sys
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Coroutine, Iterable
+from typing import Any
 
-from modelyard.errors import ModelyardError, NotReady
-from modelyard.inference.serve import open_inference, predict
-from modelyard.inference.serve.messages import Answer, Request, Response, error_response, json_response
-from modelyard.inference.serve.repository import Repository
-from modelyard.inference.serve.routes import Router
+from modelyard.inference.serve.front import fault, is_explained
+from modelyard.inference.serve.messages import Request, Response
+from modelyard.inference.serve.routes import Route, Router
 
 
 class App:
     """Answers every request: with what its route says, or with the error that explains why not."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._router = Router([*open_inference.routes(repository), *predict.routes(repository)])
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._router = Router(routes)
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def answer(self, request: Request) -> Answer:
+    def __call__(self, request: Request) -> None:
         """Never raises."""
         try:
-            answer = self._router.answer(request)
+            answer, placeholders = self._router.find(request.head)
+            response = answer(request, **placeholders)
+            if response is None:
+                return
+            if isinstance(response, Response):
+                request.reply(response)
+                return
+            task = asyncio.get_running_loop().create_task(self._finish(request, response))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            request.on_gone = task.cancel
         except Exception as exc:  # noqa: BLE001  # the last place where a bug can become an answer
-            return _fault(exc, request)
-        return answer if isinstance(answer, Response) else _guarded(answer, request)
+            self._fail(request, exc)
 
+    async def _finish(self, request: Request, work: Coroutine[Any, Any, Response]) -> None:
+        try:
+            request.reply(await work)
+        except Exception as exc:  # noqa: BLE001  # as above
+            self._fail(request, exc)
 
-async def _guarded(answer: Awaitable[Response], request: Request) -> Response:
-    try:
-        return await answer
-    except Exception as exc:  # noqa: BLE001  # as above
-        return _fault(exc, request)
-
-
-def _fault(exc: Exception, request: Request) -> Response:
-    """Return the answer for a fault: the client's and not being ready are explained, a bug is logged and kept to ourselves."""
-    if isinstance(exc, ModelyardError) and (exc.status < 500 or isinstance(exc, NotReady)):
-        return error_response(exc)
-    text = "".join(traceback.format_exception(exc))
-    sys.stderr.write(f"bug: {request.method} {request.path} (request {request.request_id}) failed:\n{text}")
-    return json_response({"error": f"internal error; see the server's log for request {request.request_id}"}, 500)
+    def _fail(self, request: Request, exc: Exception) -> None:
+        if not is_explained(exc):
+            text = "".join(traceback.format_exception(exc))
+            request_id = request.request_id.decode("latin-1")
+            sys.stderr.write(f"bug: {request.method} {request.path} (request {request_id}) failed:\n{text}")
+        request.reply(fault(exc, request.request_id))

@@ -1,14 +1,14 @@
 """The edge of the server: bytes on a socket ↔ requests and responses, HTTP/1.1 and 1.0.
 
 httptools parses; this file adds what a parser does not: limits on header and body size, time limits for idle and slow
-clients, answers in the order of the requests when a client pipelines, 100-continue, half-closed sockets, and a close that
-lets the client read why. `Connections` holds what all connections of a server share.
+clients, answers in the order of the requests when a client pipelines, 100-continue, half-closed sockets, compressed bodies,
+and a close that lets the client read why. `Connections` holds what all connections of a server share.
+
+A client sends the same head again and again. A head that the parser has read once, as the whole head of a plain request, is
+looked up instead of parsed from then on; equal bytes have equal meaning.
 """
 
 import asyncio
-import itertools
-import re
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from http import HTTPStatus
 from typing import cast
 
 import httptools
-import msgspec
 
 from modelyard.errors import (
     BodyTooLarge,
@@ -28,12 +27,15 @@ from modelyard.errors import (
     ModelyardError,
     RequestError,
 )
-from modelyard.inference.serve.messages import Answer, Handler, Request, Response, error_response
+from modelyard.inference.serve.compression import accepted_coding, compressed, decompressed
+from modelyard.inference.serve.messages import Handler, Head, Request, Response, error_response
 
 _NEVER = float("inf")
-_STATUS_LINES = {int(status): f"HTTP/1.1 {int(status)} {status.phrase}\r\n".encode() for status in HTTPStatus}
-_SANE_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
+_PHRASES = {int(status): f"HTTP/1.1 {int(status)} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_MAX_KNOWN_HEADS, _MAX_KNOWN_HEAD_BYTES = 1024, 4096
+_COMPRESS_FROM_BYTES = 1024
+_BUSY_GAP_S = 50e-6
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class HttpLimits:
     max_header_bytes: int = 32 * 1024
     """Request line and headers together."""
     max_body_bytes: int = 64 * 1024 * 1024
+    """Also of what a compressed body unpacks to."""
     read_timeout_s: float = 30.0
     """From the first byte of a request to its last; also how long a client may refuse to read its answers."""
     idle_timeout_s: float = 75.0
@@ -53,49 +56,71 @@ class HttpLimits:
     """Unanswered requests of one connection above which no more is read from it."""
 
 
-class Served(msgspec.Struct, frozen=True):
-    """One answered request, for the access log."""
-
-    time_s: float
-    """When it was answered, seconds since 1970."""
-    request_id: str
-    method: str
-    path: str
-    status: int
-    request_bytes: int
-    response_bytes: int
-    duration_s: float
-    """From the first byte of the request to the answer being written."""
-
-
 class Connections:
     """The open connections of one server and what they share. Belongs to the event loop; not thread-safe."""
 
-    def __init__(self, handler: Handler, limits: HttpLimits, on_served: Callable[[Served], None] | None = None) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        limits: HttpLimits,
+        *,
+        on_served: Callable[[Request, Response], None] | None = None,
+        on_open: Callable[[int], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            on_served: told of every request as its answer is written.
+            on_open: told how many connections there are whenever that changes.
+        """
         self.handler = handler
         self.limits = limits
         self.on_served = on_served
+        self.on_open = on_open
         self.open: set[HttpConnection] = set()
         self.draining = False
         self.none_open = asyncio.Event()
-        self.date = formatdate(usegmt=True).encode()
-        self._id_prefix = secrets.token_hex(6)
-        self._ids = itertools.count(1)
+        self.heads: dict[bytes, tuple[Head, int]] = {}
+        """Bytes of a head → the head and the length of the body behind it."""
+        self.date = b""
+        self.ok_json = b""
+        self._set_date()
+        self._loop = asyncio.get_running_loop()
+        self._in_turn = False
+        self._turn_arrived_s = 0.0
+        self._turn_began_s = 0.0
+        self.turn_ended_s = 0.0
+        """When the loop last did something for a client."""
 
     def new_connection(self) -> asyncio.Protocol:
         return HttpConnection(self)
-
-    def new_request_id(self) -> str:
-        return f"{self._id_prefix}-{next(self._ids):x}"
 
     @property
     def n_busy(self) -> int:
         """Connections with a request that is not answered yet."""
         return sum(connection.busy for connection in self.open)
 
+    def arrived_s(self) -> float:
+        """Return when data that is read now has arrived, as far as can be known: time.perf_counter().
+
+        All that one turn of the event loop reads was there when the loop looked. Where the loop had not waited for it, it
+        may have come at any time since the turn before began, and the earliest moment is the safe one.
+        """
+        if not self._in_turn:
+            self._in_turn = True
+            now_s = time.perf_counter()
+            waited = now_s - self.turn_ended_s > _BUSY_GAP_S
+            self._turn_arrived_s = now_s if waited else self._turn_began_s
+            self._turn_began_s = now_s
+            self._loop.call_soon(self._end_turn)
+        return self._turn_arrived_s
+
+    def _end_turn(self) -> None:
+        self._in_turn = False
+        self.turn_ended_s = time.perf_counter()
+
     def sweep(self, now_s: float) -> None:
         """End what has run out of time; called about once a second with the loop's time."""
-        self.date = formatdate(time.time(), usegmt=True).encode()
+        self._set_date()
         for connection in tuple(self.open):
             connection.check_time(now_s)
 
@@ -112,21 +137,29 @@ class Connections:
         for connection in tuple(self.open):
             connection.abort()
 
+    def _set_date(self) -> None:
+        self.date = formatdate(time.time(), usegmt=True).encode()
+        self.ok_json = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nDate: %b\r\nX-Request-Id: " % self.date
 
-class _Slot:
-    """The place of one answer in the order of a connection's answers."""
 
-    __slots__ = ("close", "interim", "linger", "old_http", "request", "response", "started_s", "task")
+class _Exchange(Request):
+    """A request on its connection: its answer goes out in the order in which the requests came."""
 
-    def __init__(self, request: Request | None, started_s: float, *, close: bool, old_http: bool = False) -> None:
-        self.request = request
-        self.started_s = started_s
+    __slots__ = ("close", "connection", "interim", "linger")
+
+    def __init__(self, connection: "HttpConnection", head: Head, body: bytes, arrived_s: float, *, close: bool) -> None:
+        super().__init__(head, body, arrived_s)
+        self.connection: HttpConnection | None = connection
         self.close = close
-        self.old_http = old_http
         self.linger = False
         self.interim = b""
-        self.response: Response | None = None
-        self.task: asyncio.Task[None] | None = None
+
+    def reply(self, response: Response) -> None:
+        self.response = response
+        self.on_gone = None
+        connection = self.connection
+        if connection is not None:  # else the client is gone
+            connection.flush()
 
 
 class HttpConnection(asyncio.Protocol):
@@ -136,7 +169,7 @@ class HttpConnection(asyncio.Protocol):
         self._shared = shared
         self._limits = shared.limits
         self._loop = asyncio.get_running_loop()
-        self._slots: deque[_Slot] = deque()
+        self._exchanges: deque[_Exchange] = deque()
         self._in_head = False
         self._in_message = False
         self._stopped = False  # nothing more is read as a request
@@ -147,50 +180,67 @@ class HttpConnection(asyncio.Protocol):
         self._deadline_s = self._loop.time() + self._limits.idle_timeout_s
         self._write_deadline_s = _NEVER
         self._parser = httptools.HttpRequestParser(self)
+        self._n_messages = 0
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._parts: list[bytes] = []
         self._head_bytes = 0
         self._unparsed_head_bytes = 0
         self._body_bytes = 0
-        self._started_s = 0.0
+        self._arrived_s = 0.0
 
     @property
     def busy(self) -> bool:
-        return bool(self._slots) or self._in_message
+        return bool(self._exchanges) or self._in_message
 
     # From the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._shared.open.add(self)
+        if self._shared.on_open is not None:
+            self._shared.on_open(len(self._shared.open))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stopped = True
         self._shared.open.discard(self)
-        for slot in self._slots:
-            if slot.task is not None:
-                slot.task.cancel()  # nobody is left to answer
-        self._slots.clear()
+        if self._shared.on_open is not None:
+            self._shared.on_open(len(self._shared.open))
+        for exchange in self._exchanges:
+            exchange.connection = None
+            if exchange.on_gone is not None:
+                exchange.on_gone()  # nobody is left to answer
+        self._exchanges.clear()
         if self._shared.draining and not self._shared.open:
             self._shared.none_open.set()
 
     def data_received(self, data: bytes) -> None:
         if self._stopped:
             return  # the rest of something refused
-        continues_head = self._in_head
-        if continues_head:
-            self._unparsed_head_bytes += len(data)
-        self._feed(data)
+        if not self._in_message:
+            end = data.find(b"\r\n\r\n") + 4
+            known = self._shared.heads.get(data[:end])
+            if known is not None and len(data) - end == known[1]:
+                self._arrived_s = self._shared.arrived_s()
+                self._received(known[0], data[end:])
+                return
+            n_before = self._n_messages
+            self._feed(data)
+            if self._n_messages == n_before + 1 and not self._in_message:
+                self._remember_head(data, end)
+        else:
+            if self._in_head:
+                self._unparsed_head_bytes += len(data)
+            self._feed(data)
         # The parser reports whole headers only: this bounds one that never ends.
-        if self._in_head and continues_head and self._unparsed_head_bytes > self._limits.max_header_bytes:
+        if self._in_head and self._unparsed_head_bytes > self._limits.max_header_bytes:
             self._refuse_head()
 
     def eof_received(self) -> bool:
         self._client_done = True
         if self._in_message and not self._stopped:
             self._stopped, self._in_message, self._in_head = True, False, False  # cut off: nothing to answer
-        return bool(self._slots)  # True keeps our side open until the answers are out
+        return bool(self._exchanges)  # True keeps our side open until the answers are out
 
     def pause_writing(self) -> None:
         self._write_blocked = True
@@ -210,7 +260,7 @@ class HttpConnection(asyncio.Protocol):
         self._url, self._headers, self._parts = b"", {}, []
         self._head_bytes = self._unparsed_head_bytes = self._body_bytes = 0
         self._in_head = self._in_message = True
-        self._started_s = time.perf_counter()
+        self._arrived_s = self._shared.arrived_s()
         self._deadline_s = self._loop.time() + self._limits.read_timeout_s
 
     def on_url(self, url: bytes) -> None:
@@ -234,10 +284,10 @@ class HttpConnection(asyncio.Protocol):
         elif int(self._headers.get(b"content-length", b"0")) > self._limits.max_body_bytes:
             self._refuse_body()
         elif version == "1.1" and self._headers.get(b"expect", b"").lower() == b"100-continue":
-            interim = _Slot(None, self._started_s, close=False)
+            interim = _Exchange(self, Head("", ""), b"", self._arrived_s, close=False)
             interim.interim = _CONTINUE
-            self._slots.append(interim)
-            self._flush()
+            self._exchanges.append(interim)
+            self.flush()
 
     def on_body(self, body: bytes) -> None:
         if self._stopped:
@@ -251,32 +301,54 @@ class HttpConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._stopped or self._parser.should_upgrade():
             return
+        self._n_messages += 1
         self._in_message = False
-        self._deadline_s = _NEVER  # from here on it is our turn
-        keep_alive = self._parser.should_keep_alive()
         path, query = _split(self._url)
-        request = Request(
+        self._head = Head(
             self._parser.get_method().decode(),
             path,
             query,
             self._headers,
-            self._parts[0] if len(self._parts) == 1 else b"".join(self._parts),
-            self._request_id(),
+            keep_alive=self._parser.should_keep_alive(),
+            old_http=self._parser.get_http_version() == "1.0",
         )
-        old_http = self._parser.get_http_version() == "1.0"
-        slot = _Slot(request, self._started_s, close=not keep_alive, old_http=old_http)
-        self._slots.append(slot)
-        if not keep_alive:
-            self._stopped = True
-        answer = self._shared.handler(request)
-        if isinstance(answer, Response):
-            slot.response = answer
-            self._flush()
-        else:
-            slot.task = self._loop.create_task(self._finish(slot, answer))
-            self._throttle()
+        parts = self._parts
+        self._parts = []
+        self._received(self._head, parts[0] if len(parts) == 1 else b"".join(parts))
 
     # Ours.
+
+    def _received(self, head: Head, body: bytes) -> None:
+        """A whole request is here: have it answered."""
+        self._deadline_s = _NEVER  # from here on it is our turn
+        exchange = _Exchange(self, head, body, self._arrived_s, close=not head.keep_alive)
+        self._exchanges.append(exchange)
+        if not head.keep_alive:
+            self._stopped = True
+        if b"content-encoding" in head.headers:
+            try:
+                exchange.body = decompressed(body, head.headers[b"content-encoding"], self._limits.max_body_bytes)
+            except RequestError as exc:
+                exchange.reply(error_response(exc))
+                return
+        self._shared.handler(exchange)
+        if len(self._exchanges) >= self._limits.max_pipelined:
+            self._throttle()
+
+    def _remember_head(self, data: bytes, end: int) -> None:
+        """Keep the head of the request that `data` was, if it was that and nothing else."""
+        heads, head = self._shared.heads, self._head
+        if (
+            b"A" <= data[:1] <= b"Z"
+            and end <= _MAX_KNOWN_HEAD_BYTES
+            and head.keep_alive
+            and not head.old_http
+            and len(data) - end == self._body_bytes == int(head.headers.get(b"content-length", b"0"))
+            and not head.headers.keys() & {b"transfer-encoding", b"upgrade", b"expect", b"x-request-id", b"traceparent"}
+        ):
+            if len(heads) >= _MAX_KNOWN_HEADS:
+                heads.clear()
+            heads[data[:end]] = (head, self._body_bytes)
 
     def check_time(self, now_s: float) -> None:
         if now_s >= self._write_deadline_s or (self._lingering and now_s >= self._deadline_s):
@@ -288,7 +360,7 @@ class HttpConnection(asyncio.Protocol):
                         f"the request did not arrive within {self._limits.read_timeout_s:g} s; send it faster or in parts"
                     )
                 )
-            elif not self._slots:
+            elif not self._exchanges:
                 self.close()
 
     def close(self) -> None:
@@ -353,75 +425,72 @@ class HttpConnection(asyncio.Protocol):
         self._stopped, self._in_message, self._in_head = True, False, False
         self._deadline_s = _NEVER
         method = (self._parser.get_method() or b"").decode("latin-1")
-        request = Request(method, _split(self._url)[0], "", {}, b"", self._request_id())
-        slot = _Slot(request, self._started_s, close=True)
-        slot.linger = True
-        slot.response = error_response(error)
-        self._slots.append(slot)
-        self._flush()
+        head = Head(method, *_split(self._url), self._headers)
+        exchange = _Exchange(self, head, b"", self._arrived_s, close=True)
+        exchange.linger = True
+        self._exchanges.append(exchange)
+        exchange.reply(error_response(error))
 
-    async def _finish(self, slot: _Slot, answer: Answer) -> None:
-        slot.response = answer if isinstance(answer, Response) else await answer
-        self._flush()
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Write the answers that are ready, in order, up to the first that is not."""
-        slots = self._slots
-        written: list[bytes] = []
+        exchanges = self._exchanges
         linger = close = False
-        while slots and not close and (slots[0].response is not None or slots[0].interim):
-            slot = slots.popleft()
-            if slot.interim:
-                written.append(slot.interim)
+        written: list[bytes] = []
+        while exchanges and not close and ((exchange := exchanges[0]).response is not None or exchange.interim):
+            exchanges.popleft()
+            if exchange.interim:
+                written.append(exchange.interim)
                 continue
-            close = slot.close or (self._shared.draining and not self.busy)
-            linger = slot.linger
-            written += self._encode(slot, close=close)
+            close = exchange.close or (self._shared.draining and not exchanges and not self._in_message)
+            linger = exchange.linger
+            written.append(self._encode(exchange, close=close))
         if written:
-            self._transport.write(b"".join(written))
+            self._transport.write(written[0] if len(written) == 1 else b"".join(written))
+            self._shared.turn_ended_s = time.perf_counter()
         if close:
             self._end(linger=linger)
-        elif not self.busy:
+        elif not exchanges and not self._in_message:
             self._deadline_s = self._loop.time() + self._limits.idle_timeout_s
             if self._client_done:
                 self.close()
-        self._throttle()
+        if self._read_paused:
+            self._throttle()
 
-    def _encode(self, slot: _Slot, *, close: bool) -> tuple[bytes, bytes]:
-        request, response = slot.request, slot.response
-        assert request is not None
+    def _encode(self, exchange: _Exchange, *, close: bool) -> bytes:
+        response, head, shared = exchange.response, exchange.head, self._shared
         assert response is not None
-        body = b"" if request.method == "HEAD" else response.body
-        extra = b"".join([b"%b: %b\r\n" % header for header in response.headers])
+        body = response.body
+        extra = b""
+        for header in response.headers:
+            extra += b"%b: %b\r\n" % header
+        if len(body) >= _COMPRESS_FROM_BYTES and b"accept-encoding" in head.headers:
+            coding = accepted_coding(head.headers[b"accept-encoding"])
+            if coding:
+                body = compressed(body, coding)
+                extra += b"Content-Encoding: %b\r\nVary: Accept-Encoding\r\n" % coding
         if close:
             extra += b"Connection: close\r\n"
-        elif slot.old_http:
+        elif head.old_http:
             extra += b"Connection: keep-alive\r\n"
-        head = (
-            b"%bContent-Type: %b\r\nContent-Length: %d\r\nX-Request-Id: %b\r\nDate: %b\r\nServer: modelyard\r\n%b\r\n"
-            % (
-                _STATUS_LINES[response.status],
-                response.content_type,
-                len(response.body),
-                request.request_id.encode(),
-                self._shared.date,
+        if shared.on_served is not None:
+            shared.on_served(exchange, response)
+        if response.status == 200 and response.content_type == b"application/json" and head.method != "HEAD":
+            return b"%b%b\r\n%bContent-Length: %d\r\n\r\n%b" % (
+                shared.ok_json,
+                exchange.request_id,
                 extra,
+                len(body),
+                body,
             )
+        return b"%bContent-Type: %b\r\nDate: %b\r\nX-Request-Id: %b\r\n%bContent-Length: %d\r\n\r\n%b" % (
+            _PHRASES[response.status],
+            response.content_type,
+            shared.date,
+            exchange.request_id,
+            extra,
+            len(body),
+            b"" if head.method == "HEAD" else body,
         )
-        if self._shared.on_served is not None:
-            self._shared.on_served(
-                Served(
-                    time.time(),
-                    request.request_id,
-                    request.method,
-                    request.path,
-                    response.status,
-                    len(request.body),
-                    len(body),
-                    time.perf_counter() - slot.started_s,
-                )
-            )
-        return head, body
 
     def _end(self, *, linger: bool) -> None:
         """Close; after a refusal wait a little, since closing on unread bytes would reset the connection."""
@@ -436,7 +505,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _throttle(self) -> None:
         """Stop reading while the client does not read, or has more requests open than it may."""
-        pause = not self._lingering and (self._write_blocked or len(self._slots) >= self._limits.max_pipelined)
+        pause = not self._lingering and (self._write_blocked or len(self._exchanges) >= self._limits.max_pipelined)
         if pause != self._read_paused and not self._transport.is_closing():
             self._read_paused = pause
             if pause:
@@ -445,11 +514,6 @@ class HttpConnection(asyncio.Protocol):
                 self._transport.resume_reading()
                 if self._in_message:  # the wait was ours
                     self._deadline_s = self._loop.time() + self._limits.read_timeout_s
-
-    def _request_id(self) -> str:
-        """Return the client's own id where it is printable and short, else a fresh one."""
-        given = self._headers.get(b"x-request-id", b"")
-        return given.decode() if _SANE_REQUEST_ID.fullmatch(given) else self._shared.new_request_id()
 
 
 def _split(url: bytes) -> tuple[str, str]:

@@ -60,24 +60,29 @@ def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> NDAr
 
 
 def array_from_raw(raw: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return the binary tensor `raw` as an array; raises RequestError when its length does not fit `shape`."""
+    """Return the binary tensor `raw` as an array; raises RequestError when its length does not fit `shape`.
+
+    NaN is looked for later, for a whole batch at once.
+    """
     if spec.datatype == "BYTES":
         return _text_from_raw(raw, spec, math.prod(shape)).reshape(shape)
-    dtype = spec.numpy_dtype.newbyteorder("<")
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if len(raw) != n_bytes:
-        raise RequestError(
-            f"input {spec.name!r}: binary_data_size is {len(raw)}, {spec.datatype} of shape {list(shape)} takes {n_bytes} bytes"
-        )
+    check_raw_size(len(raw), spec, shape)
     if spec.datatype == "BOOL":
         return np.frombuffer(raw, dtype=np.uint8).reshape(shape).astype(np.bool_)
-    array: NDArray[Any] = np.frombuffer(bytes(raw), dtype=dtype).reshape(
-        shape
-    )  # copied: a tensor may start at any offset of the body
-    numbers = bfloat16_values(array) if spec.datatype == "BF16" else array
-    if numbers.dtype.kind == "f" and not spec.nullable and np.isnan(numbers).any():
-        raise RequestError(f"input {spec.name!r} holds NaN, and this model takes no missing values; send numbers")
+    # Copied: a tensor may start at any offset of the body.
+    array: NDArray[Any] = np.frombuffer(bytes(raw), dtype=spec.numpy_dtype.newbyteorder("<")).reshape(shape)
     return array
+
+
+def check_raw_size(n_bytes: int, spec: TensorSpec, shape: tuple[int, ...]) -> None:
+    """Raise RequestError where a binary tensor of `shape` cannot have `n_bytes`; BYTES may have any."""
+    if spec.datatype == "BYTES":
+        return
+    takes = math.prod(shape) * spec.numpy_dtype.itemsize
+    if n_bytes != takes:
+        raise RequestError(
+            f"input {spec.name!r}: binary_data_size is {n_bytes}, {spec.datatype} of shape {list(shape)} takes {takes} bytes"
+        )
 
 
 def raw_from_array(array: NDArray[Any]) -> bytes:
@@ -86,6 +91,20 @@ def raw_from_array(array: NDArray[Any]) -> bytes:
         encoded = [str(text).encode() for text in array.reshape(-1)]
         return b"".join(chain.from_iterable((_LENGTH.pack(len(text)), text) for text in encoded))
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+
+
+def classes(array: NDArray[Any], spec: TensorSpec, n_classes: int) -> NDArray[Any]:
+    """Return the `n_classes` best of the last axis as "score:index[:label]" texts, as the classification extension has it."""
+    if spec.datatype == "BF16":
+        array = bfloat16_values(array)
+    best = np.argsort(-array.astype(np.float64), axis=-1, kind="stable")[..., :n_classes]
+    labels = spec.labels if spec.labels and len(spec.labels) == array.shape[-1] else None
+    told = np.empty(best.shape, dtype=object)
+    for place in np.ndindex(*best.shape):
+        index = int(best[place])
+        label = "" if labels is None else f":{labels[index]}"
+        told[place] = f"{float(array[place[:-1]][index]):f}:{index}{label}"
+    return told
 
 
 def json_from_array(array: NDArray[Any], spec: TensorSpec) -> Any:

@@ -1,0 +1,202 @@
+"""The one door through which every protocol asks a model: choose the version, admit, run, answer, and remember what happened.
+
+    protocol's route → Front.ask → repository.pick → adapter.read (bytes → Call) → executor → adapter.done (Call → bytes)
+
+A protocol brings an Adapter; everything it would otherwise do by itself and differently lives here.
+"""
+
+import sys
+import traceback
+from time import perf_counter
+from typing import Any, Protocol
+
+from modelyard.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    MethodNotAllowed,
+    ModelyardError,
+    NotReady,
+    Overloaded,
+    RequestError,
+    UnknownModel,
+    UnknownPath,
+)
+from modelyard.inference.serve.calls import Call, Terms
+from modelyard.inference.serve.explain import explained, timeline
+from modelyard.inference.serve.messages import Request, Response, error_response, json_response
+from modelyard.inference.serve.observe import ServerMetrics
+from modelyard.inference.serve.repository import Loaded, Repository
+from modelyard.inference.serve.vocabulary import Outcome
+
+_CAUSES: dict[type, str] = {
+    UnknownModel: "unknown_model",
+    UnknownPath: "unknown_path",
+    MethodNotAllowed: "method",
+    BodyTooLarge: "body_too_large",
+}
+
+
+class Asker(Protocol):
+    """Whoever asks: an HTTP request, a gRPC call."""
+
+    arrived_s: float
+    on_gone: Any
+
+    @property
+    def request_id(self) -> bytes: ...
+
+
+class Adapter(Protocol):
+    """How one protocol says an inference."""
+
+    protocol: str
+    """For metrics, e.g. "rest-v2"."""
+
+    def read(self, asker: Any, loaded: Loaded) -> Call:
+        """Return what is asked, packed; raises RequestError. May set the call's timeout_s and priority."""
+        ...
+
+    def done(self, asker: Any, call: Call) -> None:
+        """Answer: `call.run` is there."""
+        ...
+
+    def fail(self, asker: Any, error: Exception, call: Call | None) -> None:
+        """Answer with an error."""
+        ...
+
+
+class Front:
+    """Asks models on behalf of protocols. Belongs to the event loop."""
+
+    def __init__(self, repository: Repository, metrics: ServerMetrics) -> None:
+        self._repository = repository
+        self._metrics = metrics
+
+    def ask(
+        self,
+        asker: Asker,
+        terms: Terms,
+        adapter: Adapter,
+        name: str,
+        version: str | None = None,
+        label: str | None = None,
+    ) -> None:
+        """Answer `asker` by way of `adapter`, now or later; raises nothing."""
+        loaded = None
+        try:
+            loaded = self._repository.pick(name, version, label, terms.key)
+            self._ask(asker, terms, adapter, loaded)
+        except Exception as exc:  # noqa: BLE001  # becomes the answer; a bug goes to the log as well
+            self._refuse(asker, adapter, exc, loaded)
+
+    def _ask(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded) -> None:
+        now_s = perf_counter()
+        arrived_s = asker.arrived_s
+        budget_s = terms.timeout_s or loaded.target_s
+        executor = loaded.executor
+        # What has waited for this long to be read will wait as long again for its answer to be written.
+        if now_s + now_s - arrived_s - arrived_s > budget_s:
+            raise Overloaded(
+                f"{loaded.name}: refused, since the server reads requests later than they could be answered in time; try again in 1 s, "
+                "or allow more time with the header Modelyard-Timeout-Ms",
+                cause="overload",
+                retry_after_s=1.0,
+            )
+        refusal = executor.refusal(1, arrived_s + budget_s, now_s)
+        if refusal is not None:
+            raise refusal
+        call = adapter.read(asker, loaded)
+        call.asker = asker
+        call.adapter = adapter
+        call.loaded = loaded
+        call.arrived_s = arrived_s
+        call.deadline_s = arrived_s + (call.timeout_s or budget_s)
+        call.priority = call.priority or terms.priority
+        call.terms = terms
+        call.on_done = self._done
+        executor.submit(call)
+        asker.on_gone = call.cancel
+
+    def _done(self, call: Call) -> None:
+        asker, adapter, loaded = call.asker, call.adapter, call.loaded
+        assert loaded is not None
+        asker.on_gone = None
+        call.finished_s = finished_s = perf_counter()
+        error = call.error
+        if error is None:
+            try:
+                adapter.done(asker, call)
+            except Exception as exc:  # noqa: BLE001  # as above
+                error = exc
+            else:
+                metrics, run = loaded.executor.metrics, call.run
+                if metrics is not None and run is not None:
+                    metrics.answered(adapter.protocol, finished_s - call.arrived_s, run.started_s - call.admitted_s)
+                return
+        self._refuse(asker, adapter, error, loaded, call)
+
+    def _refuse(
+        self, asker: Asker, adapter: Adapter, error: Exception, loaded: Loaded | None, call: Call | None = None
+    ) -> None:
+        asker.on_gone = None
+        if not is_explained(error):
+            text = "".join(traceback.format_exception(error))
+            sys.stderr.write(f"bug: request {asker.request_id.decode('latin-1')} failed:\n{text}")
+        metrics = None if loaded is None else loaded.executor.metrics
+        ended = self._metrics.ended if metrics is None else metrics.ended
+        ended(adapter.protocol, *outcome_of(error, admitted=call is not None))
+        adapter.fail(asker, error, call)
+
+
+def is_explained(error: Exception) -> bool:
+    """Whether the client may be told: its own fault, overload, a deadline, not ready. Anything else is a bug of ours."""
+    return isinstance(error, RequestError | Overloaded | DeadlineExceeded) or (
+        isinstance(error, ModelyardError) and error.status < 500
+    )
+
+
+def outcome_of(error: Exception, *, admitted: bool) -> tuple[Outcome, str]:
+    """Return what an error counts as, and its cause in a word of ours."""
+    if isinstance(error, Overloaded | DeadlineExceeded):
+        return ("dropped" if admitted else "refused"), error.facts.get("cause", "overload")
+    if isinstance(error, NotReady):
+        return "refused", "not_ready"
+    if is_explained(error):
+        return "client_error", _CAUSES.get(type(error), "bad_request")
+    return "error", "bug"
+
+
+def fault(error: Exception, request_id: bytes) -> Response:
+    """Return the HTTP answer for an error; a bug keeps its details to the log."""
+    if isinstance(error, ModelyardError) and is_explained(error):
+        return error_response(error)
+    return json_response(
+        {"error": f"internal error; see the server's log for request {request_id.decode('latin-1')}"}, 500
+    )
+
+
+class HttpAdapter:
+    """What adapters over HTTP share. A subclass brings `protocol`, `read`, and `write`, which returns the answer."""
+
+    protocol = "http"
+
+    def read(self, request: Request, loaded: Loaded) -> Call:
+        raise NotImplementedError
+
+    def write(self, request: Request, call: Call) -> Response:
+        raise NotImplementedError
+
+    def done(self, request: Request, call: Call) -> None:
+        response = self.write(request, call)
+        if call.terms.explain:
+            response = explained(response, timeline(call))
+        request.served = call
+        request.reply(response)
+
+    def fail(self, request: Request, error: Exception, call: Call | None) -> None:
+        response = fault(error, request.request_id)
+        if call is not None:
+            request.served = call
+            if call.terms.explain:
+                response = explained(response, timeline(call))
+        request.reply(response)

@@ -1,0 +1,233 @@
+"""l(b): how long a batch of b rows takes, as the policy of scheduling.py believes it. No clock inside.
+
+A centre per size and one spread for all sizes, l(b) = centre(b) * spread:
+
+- The centre is learned at about four sizes per doubling ("knots") as a smoothed time, in which one run counts for at most
+  twice what was expected: a hiccup moves it by a tenth. While a knot is young, a time shorter than expected is believed at
+  once, since noise only ever adds to an execution time.
+- The spread is the fourth largest ratio of time to centre among the last 64 runs, the 94th percentile. Three hiccups in
+  64 runs leave it as it is; a machine that has become slower raises it within four runs, one that has become faster lowers
+  it after 64.
+- The centre is made monotone by isotonic regression, straight between knots, and beyond the largest size seen half of it
+  grows in proportion to the rows: hopeful enough that larger batches get tried, after which they are known.
+
+Source of the isotonic step: Barlow, Bartholomew, Bremner and Brunk, Statistical Inference under Order Restrictions (1972),
+pool adjacent violators.
+"""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from modelyard.bundle.profile import Latency
+from modelyard.errors import ConfigError
+
+_N_RUNS = 64
+_RANK = 4
+"""The spread is this many-th largest ratio of the last `_N_RUNS`."""
+_UNMEASURED_SPREAD = 1.2
+_NEWEST = 0.1
+"""Weight of the newest run in a centre that has seen many."""
+_YOUNG = 4.0
+"""Runs after which a centre is trusted; a profiled size counts as having had so many."""
+_REDRAW_RUNS = 16
+_RELAX = 0.9
+_SHORTEST_S = 1e-9
+
+
+class LatencyModel:
+    """The learned latency of one model version for one shape of rows. One owner mutates; not thread-safe.
+
+    Reading is cheap; what was learned since the last reading is drawn into the curve first, which takes some microseconds
+    and happens every 16 runs, or at once where a run was a surprise.
+
+    Example:
+        >>> model = LatencyModel(max_batch_size=8)
+        >>> for _ in range(64):
+        ...     model.observe(1, 0.005)
+        ...     model.observe(8, 0.007)
+        >>> [round(model.high_s(n_rows) * 1e3, 1) for n_rows in (1, 4, 8)]
+        [5.0, 5.9, 7.0]
+    """
+
+    __slots__ = (
+        "_centres",
+        "_curve",
+        "_knot_of",
+        "_known",
+        "_n_undrawn",
+        "_runs",
+        "_sizes",
+        "_spread",
+        "_weights",
+        "max_batch_size",
+        "revision",
+    )
+
+    def __init__(self, max_batch_size: int, profile: Iterable[Latency] = (), guess_row_s: float = 1e-3) -> None:
+        """
+        Args:
+            max_batch_size: the largest batch that is ever run.
+            profile: latencies measured on this hardware with the number of threads that an instance has.
+            guess_row_s: what a row alone is taken to need before anything is known.
+
+        Raises:
+            ConfigError: a size or a guess that is not positive.
+        """
+        if max_batch_size < 1:
+            raise ConfigError(f"max_batch_size must be at least 1, got {max_batch_size}; 1 means no batching")
+        if guess_row_s <= 0.0:
+            raise ConfigError(f"guess_row_s must be above 0, got {guess_row_s}; give the seconds one row may need")
+        self.max_batch_size = max_batch_size
+        self.revision = 0
+        """Grows whenever l(b) is drawn anew; what was read at one revision holds until the next."""
+        self._sizes = _knot_sizes(max_batch_size)
+        self._knot_of = _nearest(self._sizes, max_batch_size)
+        measured = {each.batch_size: each for each in profile if each.batch_size <= max_batch_size and each.p50_s > 0.0}
+        self._known = bool(measured)
+        points = [(size, each.p50_s, 1.0) for size, each in sorted(measured.items())]
+        self._curve = _draw(points or [(1, guess_row_s, 1.0)], max_batch_size)
+        self._centres = [self._curve[size] for size in self._sizes]
+        self._weights = [0.0] * len(self._sizes)  # runs behind each centre; 0: nothing but the curve around it
+        for size in measured:
+            self._weights[self._knot_of[size]] = _YOUNG
+        spreads = sorted(max(1.0, each.p99_s / each.p50_s) for each in measured.values()) or [_UNMEASURED_SPREAD]
+        self._spread = spreads[len(spreads) // 2]
+        # The last runs as (knot, seconds at the knot's size); a ratio to today's centre is taken when drawing, so that a
+        # machine that changed is not counted twice, in the centre and in the spread.
+        self._runs: deque[tuple[int, float]] = deque(maxlen=_N_RUNS)
+        smallest = self._knot_of[min(measured, default=1)]
+        for rank in range(_N_RUNS):
+            spread = self._spread if rank >= _N_RUNS - _RANK else 1.0
+            self._runs.append((smallest, self._centres[smallest] * spread))
+        self._n_undrawn = 0
+
+    def fresh(self) -> "LatencyModel":
+        """Return a model that starts from what this one believes and learns on its own, for rows of another shape."""
+        other = LatencyModel(self.max_batch_size)
+        other._curve, other._spread, other._known = self._curve, self._spread, self._known
+        other._centres, other._runs = self._centres.copy(), self._runs.copy()
+        other._weights = [min(weight, 1.0) for weight in self._weights]  # a hint: the first runs may overrule it
+        return other
+
+    def high_s(self, n_rows: int) -> float:
+        """Return l(n_rows), the high quantile by which deadlines are judged; `n_rows` in [1, max_batch_size]."""
+        self.redraw()
+        return self._curve[n_rows] * self._spread
+
+    def mean_s(self, n_rows: int) -> float:
+        """Return what a batch of `n_rows` usually takes: a mean in which hiccups count for little."""
+        self.redraw()
+        return self._curve[n_rows]
+
+    def high_table_s(self) -> list[float]:
+        """Return l(0) = 0, l(1), ... l(max_batch_size)."""
+        self.redraw()
+        spread = self._spread
+        return [centre_s * spread for centre_s in self._curve]
+
+    def seen(self, n_rows: int) -> bool:
+        """Return whether l(n_rows) rests on runs or a profile of about this size, rather than on extrapolation."""
+        return self._weights[self._knot_of[n_rows]] > 0.0
+
+    def observe(self, n_rows: int, service_s: float) -> None:
+        """Learn that a batch of `n_rows` in [1, max_batch_size] took `service_s`."""
+        knot = self._knot_of[n_rows]
+        drawn_s = self._curve[self._sizes[knot]]
+        seen_s = drawn_s * service_s / self._curve[n_rows]  # had it been a batch of the knot's size
+        weight = self._weights[knot]
+        centre_s = self._centres[knot] if weight else drawn_s
+        if weight < _YOUNG or seen_s > centre_s * self._spread:
+            self._n_undrawn += _REDRAW_RUNS
+        else:
+            self._n_undrawn += 1
+        if not self._known or (seen_s < centre_s and weight < _YOUNG):
+            centre_s = seen_s
+            self._known = True
+        else:
+            step = 1.0 / (weight + 2.0)
+            step = step if step > _NEWEST else _NEWEST
+            centre_s += step * ((seen_s if seen_s < 2.0 * centre_s else 2.0 * centre_s) - centre_s)
+        self._centres[knot] = centre_s if centre_s > _SHORTEST_S else _SHORTEST_S
+        self._weights[knot] = weight + 1.0 if weight < 10.0 else weight
+        if weight >= _YOUNG - 1.0:  # earlier the ratio would tell more about the guess than about the noise
+            self._runs.append((knot, seen_s))
+
+    def relax(self) -> None:
+        """Believe in a faster machine: forget the slowest run, or where all were alike, take a tenth off everything.
+
+        For an owner that would refuse all work because of what it has learned, and so would never learn better.
+        """
+        ratios = [seen_s / self._centres[knot] for knot, seen_s in self._runs]
+        slowest = max(range(len(ratios)), key=ratios.__getitem__)
+        if ratios[slowest] > 1.05:
+            knot, _ = self._runs[slowest]
+            self._runs[slowest] = (knot, self._centres[knot])
+        else:
+            self._centres = [_RELAX * centre_s for centre_s in self._centres]
+            self._runs = deque(((knot, _RELAX * seen_s) for knot, seen_s in self._runs), maxlen=_N_RUNS)
+        self._n_undrawn += _REDRAW_RUNS
+
+    def redraw(self) -> None:
+        """Draw what was learned into the curve, if there is enough of it to matter."""
+        if self._n_undrawn < _REDRAW_RUNS:
+            return
+        centres, sizes = self._centres, self._sizes
+        points = [(sizes[knot], centres[knot], weight) for knot, weight in enumerate(self._weights) if weight]
+        if not points:  # nothing but a guess, relaxed
+            points = [(sizes[0], centres[0], 1.0)]
+        self._curve = _draw(points, self.max_batch_size)
+        self._spread = max(1.0, sorted([seen_s / centres[knot] for knot, seen_s in self._runs])[-_RANK])
+        self._n_undrawn = 0
+        self.revision += 1
+
+
+def _knot_sizes(max_batch_size: int) -> list[int]:
+    """Return sizes a fourth of a doubling apart, each once, up to and with `max_batch_size`."""
+    sizes, quarter = [1], 0
+    while sizes[-1] < max_batch_size:
+        quarter += 1
+        size = round(2.0 ** (quarter / 4))
+        if size > sizes[-1]:
+            sizes.append(min(size, max_batch_size))
+    return sizes
+
+
+def _nearest(sizes: Sequence[int], max_batch_size: int) -> list[int]:
+    """Return for every number of rows the index of the knot it teaches, the nearest by ratio."""
+    nearest = [0]
+    for n_rows in range(1, max_batch_size + 1):
+        above = bisect_left(sizes, n_rows)
+        below = max(0, above - 1)
+        nearest.append(above if sizes[above] * sizes[below] <= n_rows * n_rows else below)
+    return nearest
+
+
+def _draw(points: Sequence[tuple[int, float, float]], max_batch_size: int) -> list[float]:
+    """Return the seconds of 0, 1, ... `max_batch_size` rows through (size, seconds, weight) points in order of size.
+
+    Never falling: level below the first point, straight between points, half in proportion to the rows beyond the last.
+    """
+    levels = _isotonic([seconds for _, seconds, _ in points], [weight for *_, weight in points])
+    before, level_s = points[0][0], levels[0]
+    curve = [0.0] + [level_s] * before
+    for (size, *_), next_s in zip(points[1:], levels[1:], strict=True):
+        slope_s = (next_s - level_s) / (size - before)
+        curve += [level_s + slope_s * step for step in range(1, size - before)]
+        curve.append(next_s)
+        before, level_s = size, next_s
+    curve += [level_s * 0.5 * (1.0 + size / before) for size in range(before + 1, max_batch_size + 1)]
+    return curve
+
+
+def _isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Return the never-falling sequence nearest to `values` in weighted squares."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        length = 1
+        while pools and pools[-1][0] >= value:
+            mean, pooled, before = pools.pop()
+            value = (mean * pooled + value * weight) / (pooled + weight)
+            weight, length = weight + pooled, length + before
+        pools.append((value, weight, length))
+    return [mean for mean, _, length in pools for _ in range(length)]
