@@ -28,5 +28,5 @@ told() {
 told "installing torch into $venv" "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt \
     ${torch_index:+--extra-index-url "$torch_index"} torch
 told "installing modelyard and the rest" "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt \
-    --editable '.[train,torch,compress,fsspec,dev]'
+    --editable '.[train,torch,compress,fsspec,grpc,otel,dev]'
 touch "$venv/.installed"

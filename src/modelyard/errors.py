@@ -41,6 +41,7 @@ done and whose outcome is "no".
         ├── UnsupportedEncoding                415
         ├── HeadersTooLarge                    431
         └── NotReady                           503: loading or draining; not the client's fault
+            └── Cold                           not in memory yet; the server may have the request wait for the load
 """
 
 from typing import Any
@@ -246,3 +247,7 @@ class NotReady(RequestError):
     """The model is loading or the server is draining; try again."""
 
     status = 503
+
+
+class Cold(NotReady):
+    """The version is not in memory, and is loaded when somebody asks for it. Carries its `name` and `version`."""

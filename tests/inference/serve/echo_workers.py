@@ -19,10 +19,6 @@ from modelyard.errors import StoreError
 from modelyard.inference.serve.seat import Seat
 from modelyard.inference.serve.supervisor import SupervisorSettings, supervise
 
-if os.environ.get("PRELOAD"):
-    import numpy
-    import onnxruntime  # noqa: F401  # what a real supervisor has imported
-
 
 def tell(**what: Any) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
@@ -55,15 +51,19 @@ class Worker:
         over = [loop.create_task(one.wait()) for one in (self.ended, self.idle)]
         await asyncio.wait(over, timeout=self.options.get("load_s", 0), return_when=asyncio.FIRST_COMPLETED)
         if "model" in self.options:
-            import onnxruntime
-
-            session = onnxruntime.InferenceSession(self.options["model"], providers=["CPUExecutionProvider"])
-            x = session.get_inputs()[0]
-            self.answer = session.run(None, {x.name: numpy.zeros([1, *x.shape[1:]], numpy.float32)})
+            self.compute(self.options["model"])
         self.seat.ready({"number": self.seat.number, "pid": os.getpid(), "commands": self.commands})
         await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
         self.seat.drained(self.n_busy)
         return 0
+
+    def compute(self, path: str) -> None:
+        import numpy as np
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        x = session.get_inputs()[0]
+        session.run(None, {x.name: np.zeros([1, *x.shape[1:]], np.float32)})
 
     def adopt(self, loop: asyncio.AbstractEventLoop, tag: str, accepted: socket.socket) -> None:
         async def make() -> None:
@@ -171,6 +171,8 @@ class Line(asyncio.Protocol):
 
 def main() -> int:
     options = json.loads(sys.argv[1])
+    if "model" in options:  # as a real supervisor does, so that the workers share these pages
+        import onnxruntime  # noqa: F401
     begun_s = time.monotonic()
     listeners = {tag: socket.create_server(("127.0.0.1", 0), backlog=1024) for tag in ("http", "metrics")}
     tell(ports={tag: one.getsockname()[1] for tag, one in listeners.items()}, pid=os.getpid())

@@ -114,10 +114,12 @@ def test_a_replacement_goes_on_counting_where_the_dead_worker_stopped() -> None:
     registry = Registry(FAMILIES, slabs)
     assert QUEUE not in Reader(FAMILIES, slabs).snapshot(), "what a dead worker had queued is not waiting any more"
     registry.counter(SEEN, "a").add()
-    registry.counter(SEEN, "b").add()
     registry.histogram(LATENCY, "a").observe(0.001)
+    for model in "bcdefghi":
+        registry.counter(SEEN, model).add()
     snapshot = Reader(FAMILIES, slabs).snapshot()
-    assert snapshot[SEEN] == {("a",): 4.0, ("b",): 1.0}
+    assert snapshot[SEEN] == {("a",): 4.0} | {(model,): 1.0 for model in "bcdefghi"}
+    assert snapshot[SERIES_DROPPED] == {(): 0.0}
     assert snapshot[LATENCY] == {("a",): HistogramValue((1.0, 0.0, 0.0, 1.0), 1.001)}
 
 
@@ -185,6 +187,22 @@ def test_at_most_so_many_values_of_a_label_over_all_workers() -> None:
             "other",
             "other",
         ]
+
+
+def test_of_two_workers_that_add_the_last_value_at_once_one_withdraws() -> None:
+    slabs = new_slabs(2, 65536)
+    second = BoundedLabel("tenant", 1, Registry(FAMILIES, slabs, 1), slabs)
+
+    class Slow(Registry):
+        """Between its look and its own announcement the other worker is faster."""
+
+        def announce(self, line: list[str]) -> bool:
+            assert second.value("b") == "b"
+            return super().announce(line)
+
+    first = BoundedLabel("tenant", 1, Slow(FAMILIES, slabs, 0), slabs)
+    assert first.value("a") == "other"
+    assert [label.value(value) for label in (first, second) for value in "ab"] == ["other", "b", "other", "b"]
 
 
 def test_workers_that_admit_at_once_stay_within_the_limit() -> None:

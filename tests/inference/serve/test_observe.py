@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from modelyard.inference.serve import triton_metrics, vocabulary
 from modelyard.inference.serve.exposition import OPENMETRICS, TEXT
 from modelyard.inference.serve.metrics import (
+    SERIES_DROPPED,
     CounterFamily,
     HistogramFamily,
     HistogramValue,
@@ -27,6 +28,7 @@ Parser = Callable[[str], Iterable[Any]]
 parse_text: Parser = text_string_to_metric_families
 parse_openmetrics: Parser = openmetrics_parser.text_string_to_metric_families
 REFERENCE = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
+FAMILIES = (*vocabulary.FAMILIES, SERIES_DROPPED)
 LATE = ("late", "3")
 
 
@@ -77,10 +79,7 @@ def by_name(body: bytes) -> dict[str, Any]:
 def test_everything_in_the_vocabulary_can_be_recorded_and_read() -> None:
     metrics = ServerMetrics(new_slabs())
     busy(metrics)
-    shown = {family.name for family in metrics.snapshot()}
-    assert shown == {family.name for family in vocabulary.FAMILIES} - {"modelyard_metric_series_dropped_total"} | {
-        "modelyard_metric_series_dropped_total"
-    }
+    assert set(metrics.snapshot()) == set(FAMILIES)
 
 
 def test_requests_are_counted_by_outcome_and_cause_in_every_protocol() -> None:
@@ -109,13 +108,15 @@ def test_times_and_sizes_are_distributions() -> None:
     busy(metrics)
     snapshot = metrics.snapshot()
     requests = histogram(snapshot, vocabulary.REQUEST_SECONDS, *LATE, "grpc")
-    assert (requests.count, requests.sum) == (2, pytest.approx(0.060))
+    assert requests.count == 2
+    assert requests.sum == pytest.approx(0.060)
     queued = histogram(snapshot, vocabulary.QUEUE_SECONDS, *LATE)
-    assert (queued.count, queued.sum) == (3, pytest.approx(0.013))
+    assert queued.count == 3
+    assert queued.sum == pytest.approx(0.013)
     batches = histogram(snapshot, vocabulary.BATCH_ROWS, *LATE)
     assert (batches.count, batches.sum) == (1, 6)
     assert batches.counts[vocabulary.ROWS.index(8)] == 1
-    assert snapshot[vocabulary.ROWS_TOTAL] == {LATE: 6}
+    assert snapshot[vocabulary.ROWS_TOTAL][LATE] == 6
     assert snapshot[vocabulary.COMPUTE_SECONDS] == {(*LATE, "acme"): 0.010, (*LATE, ""): 0.005}
 
 
@@ -139,7 +140,7 @@ def test_any_worker_shows_what_all_have_recorded() -> None:
     busy(second)
     assert first.snapshot() == second.snapshot()
     snapshot = second.snapshot()
-    assert snapshot[vocabulary.ROWS_TOTAL] == {LATE: 12}
+    assert snapshot[vocabulary.ROWS_TOTAL][LATE] == 12
     assert snapshot[vocabulary.QUEUED_ROWS] == {LATE: 8}
     assert snapshot[vocabulary.TARGET_BATCH] == {LATE: 8}
     assert snapshot[vocabulary.MODEL_MEMORY] == {LATE: 10_000_000}
@@ -163,7 +164,7 @@ def test_what_is_unloaded_loses_its_gauges_and_keeps_its_counts() -> None:
     snapshot = metrics.snapshot()
     for family in (vocabulary.TARGET_BATCH, vocabulary.LEARNED_SECONDS, vocabulary.MODEL_MEMORY):
         assert family not in snapshot
-    assert snapshot[vocabulary.ROWS_TOTAL] == {LATE: 6}
+    assert snapshot[vocabulary.ROWS_TOTAL][LATE] == 6
     metrics.model("late", 3).loaded(0.1, 7)
     assert metrics.snapshot()[vocabulary.MODEL_MEMORY] == {LATE: 7}
 
@@ -189,6 +190,17 @@ def test_a_version_was_last_asked_when_it_last_computed() -> None:
     metrics.refresh(1001.0)
     metrics.refresh(1002.0)
     assert metrics.snapshot()[vocabulary.LAST_REQUEST] == {LATE: 1001.0}
+
+
+def test_what_the_observers_have_lost_is_told_as_a_total_and_counted_once() -> None:
+    slabs = new_slabs()
+    metrics = ServerMetrics(slabs)
+    metrics.lost(log_lines=5, traces=1)
+    metrics.lost(log_lines=7, traces=1)
+    successor = ServerMetrics(slabs)
+    successor.lost(log_lines=1, traces=0)
+    snapshot = successor.snapshot()
+    assert (snapshot[vocabulary.LOG_LINES_DROPPED], snapshot[vocabulary.TRACES_DROPPED]) == ({(): 8}, {(): 1})
 
 
 def test_processor_time_goes_on_over_a_replacement() -> None:
@@ -232,10 +244,11 @@ def test_tritons_names_say_the_same() -> None:
 
     def value(name: str, **labels: str) -> float:
         (found,) = [
-            sample.value for sample in families[name].samples if sample.labels == {"model": "late", "version": "3", **labels}
+            sample.value
+            for sample in families[name].samples
+            if sample.labels == {"model": "late", "version": "3", **labels}
         ]
-        assert isinstance(found, float)
-        return found
+        return float(found)
 
     assert value("nv_inference_request_success") == 3
     assert value("nv_inference_request_failure", reason="REJECTED") == 2
@@ -257,11 +270,10 @@ def test_tritons_names_say_the_same() -> None:
 
 
 def test_names_follow_the_conventions() -> None:
-    families = vocabulary.FAMILIES
-    assert len({family.name for family in families}) == len(families)
-    openmetrics = [family.name.removesuffix("_total") for family in families]
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    openmetrics = [family.name.removesuffix("_total") for family in FAMILIES]
     assert len(set(openmetrics)) == len(openmetrics), "a counter and another family would share a name in OpenMetrics"
-    for family in families:
+    for family in FAMILIES:
         assert family.name.startswith("modelyard_")
         assert family.name.endswith("_total") == isinstance(family, CounterFamily)
         assert not family.unit or family.name.removesuffix("_total").endswith(f"_{family.unit}")
@@ -271,22 +283,26 @@ def test_names_follow_the_conventions() -> None:
 
 
 def test_every_metric_is_documented_with_its_labels() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*) \|", REFERENCE.read_text(), re.M)
+    rows = re.findall(r"^\| `(\w+)` \| (counter|gauge|histogram) \|([^|]*)\|", REFERENCE.read_text(), re.M)
     documented = {name: (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     written = {
         family.name: (
-            "counter" if isinstance(family, CounterFamily) else "histogram" if isinstance(family, HistogramFamily) else "gauge",
+            "counter"
+            if isinstance(family, CounterFamily)
+            else "histogram"
+            if isinstance(family, HistogramFamily)
+            else "gauge",
             label_names(family),
         )
-        for family in (*vocabulary.FAMILIES, *triton_metrics.FAMILIES)
+        for family in (*FAMILIES, *triton_metrics.FAMILIES)
     }
     assert documented == written
 
 
 def test_the_dashboard_asks_only_for_what_there_is() -> None:
     dashboard = json.loads((files("modelyard.inference.serve") / "dashboards" / "grafana.json").read_text())
-    known = {family.name: set(label_names(family)) for family in vocabulary.FAMILIES}
-    histograms = {family.name for family in vocabulary.FAMILIES if isinstance(family, HistogramFamily)}
+    known = {family.name: set(label_names(family)) for family in FAMILIES}
+    histograms = {family.name for family in FAMILIES if isinstance(family, HistogramFamily)}
     known |= {f"{name}_bucket": known[name] | {"le"} for name in histograms}
     known |= {f"{name}_{part}": known[name] for name in histograms for part in ("sum", "count")}
     asked = [target["expr"] for panel in panels(dashboard) for target in panel.get("targets", [])]
@@ -302,7 +318,13 @@ def test_the_dashboard_asks_only_for_what_there_is() -> None:
             used.add(name)
         grouped = {label for group in re.findall(r"\bby \(([^)]*)\)", query) for label in re.split(r",\s*", group)}
         assert grouped <= set().union(*(known[name] for name in names)), query
-    for must in ("requests_total", "queue_seconds_bucket", "batch_rows_sum", "target_batch_rows", "compute_seconds_total"):
+    for must in (
+        "requests_total",
+        "queue_seconds_bucket",
+        "batch_rows_sum",
+        "target_batch_rows",
+        "compute_seconds_total",
+    ):
         assert f"modelyard_{must}" in used
 
 

@@ -1,5 +1,6 @@
 """Workers come and go, the port stays, nothing accepted is forgotten. Real processes and signals; decisions by their laws."""
 
+import asyncio
 import json
 import os
 import selectors
@@ -18,15 +19,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from modelyard.errors import ConfigError
 from modelyard.inference.serve.seat import (
+    CELL_BYTES,
     FDS_PER_MESSAGE,
     LONGEST_MESSAGE_BYTES,
+    Attached,
     Channel,
     Command,
     Connections,
     Drain,
+    Seat,
 )
 from modelyard.inference.serve.supervisor import (
     Broadcast,
@@ -375,6 +380,22 @@ def test_workers_end_with_their_supervisor(server: Server) -> None:
         await_gone(pid)
 
 
+def test_workers_forked_after_onnxruntime_was_imported_compute(tmp_path: Path) -> None:
+    """And so do their replacements, forked later: the library's threads, which no fork keeps, are not missed."""
+    model = tmp_path / "model.onnx"
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 4]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "negative", [x], [y])
+    opset = helper.make_opsetid("", 17)
+    model.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString())
+    with running({"model": str(model)}) as server:
+        server.await_ready()
+        for _ in range(5):
+            kill_one(server)
+            server.await_event("is ready")
+        server.process.terminate()
+        assert server.end() == 0
+
+
 # The end.
 
 
@@ -453,6 +474,21 @@ def test_a_worker_that_cannot_hear_is_killed_in_the_end() -> None:
         assert server.end() == 1
 
 
+def test_a_worker_killed_while_draining_is_not_replaced_and_counted(server: Server) -> None:
+    clients = server.connect_to_each()
+    for client in clients.values():
+        client.send("later 1 done")
+    idle = server.connect()
+    assert idle.ask("echo x") == "x"
+    _, pid = server.connect().worker()
+    server.process.terminate()
+    assert idle.read() == ""  # draining has begun
+    os.kill(pid, signal.SIGKILL)
+    assert sorted(client.read() for client in clients.values()) == ["", "done"]
+    assert server.end() == 1
+    assert any("was killed by SIGKILL while it was draining" in event for event in server.events())
+
+
 def test_stopping_before_anything_is_ready_is_quick_and_clean() -> None:
     with running({"start": {"0": "hang"}, "load_s": 60}) as server:
         assert server.connect().worker()[0] == 1
@@ -528,6 +564,18 @@ def test_sighup_asks_every_worker_to_reload(server: Server) -> None:
         assert client.commands() == [{"command": "reload"}]
 
 
+def test_a_worker_that_leaves_its_commands_unread_is_replaced(server: Server) -> None:
+    """It could not be told in order what the others do."""
+    clients = server.connect_to_each()
+    _, pid = clients[1].worker()
+    os.kill(pid, signal.SIGSTOP)
+    for _ in range(5):
+        answers = clients[0].broadcast({"command": "set", "text": "x" * 15_000_000}, timeout_s=0.01)
+    assert "error" in answers[1][1]
+    assert "bytes of commands unread" in server.await_event("worker 1 (pid")
+    server.await_event("is ready")
+
+
 def test_long_answers_travel_in_parts(server: Server) -> None:
     answers = server.connect().broadcast({"command": "shout", "n_bytes": 3_000_000})
     assert [len(answer["text"]) for _, answer in answers] == [3_000_000, 3_000_000]
@@ -539,6 +587,35 @@ def test_answers_too_long_to_travel_are_errors(server: Server) -> None:
     assert "must have at most" in answers[0][1]["error"]
     answers = client.broadcast({"command": "shout", "n_bytes": LONGEST_MESSAGE_BYTES // 2})
     assert "must have at most" in answers[0][1]["error"]
+
+
+# A worker's end.
+
+
+def test_a_worker_ends_when_its_channel_does() -> None:
+    asyncio.run(see_the_channel_end())
+
+
+async def see_the_channel_end() -> None:
+    near, far = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    slab = memoryview(bytearray(64))
+    seat = Seat(0, 1, channel=far, tags=["http"], counts=memoryview(bytearray(CELL_BYTES)), slabs=[slab])
+    ended = asyncio.Event()
+
+    async def obey(command: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    seat.attach(
+        asyncio.get_running_loop(),
+        on_connection=lambda tag, accepted: accepted.close(),
+        on_command=obey,
+        on_drain=lambda: None,
+        on_end=ended.set,
+    )
+    assert near.receive() == Attached()
+    near.close()
+    await asyncio.wait_for(ended.wait(), PATIENCE_S)
+    seat.close()
 
 
 # The channel.

@@ -1,13 +1,19 @@
 """The default engine: onnxruntime on the CPU."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from modelyard.errors import MalformedGraph, RequestError
 from modelyard.inference.runtime._base import Arrays
+
+# onnxruntime's builds carry telemetry that starts a thread at import: nothing is to leave the machine unasked, and a process
+# that is to fork must have no threads. Whoever wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort  # noqa: E402
 
 _FATAL_ONLY = 4
 

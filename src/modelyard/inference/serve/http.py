@@ -77,6 +77,8 @@ class Connections:
         self.on_served = on_served
         self.on_open = on_open
         self.open: set[HttpConnection] = set()
+        self.n_received_bytes = self.n_sent_bytes = self.n_discarded_bytes = 0
+        """Since the start; discarded is what came behind a refusal."""
         self.draining = False
         self.none_open = asyncio.Event()
         self.heads: dict[bytes, tuple[Head, int]] = {}
@@ -215,13 +217,16 @@ class HttpConnection(asyncio.Protocol):
             self._shared.none_open.set()
 
     def data_received(self, data: bytes) -> None:
+        shared = self._shared
+        shared.n_received_bytes += len(data)
         if self._stopped:
+            shared.n_discarded_bytes += len(data)
             return  # the rest of something refused
         if not self._in_message:
             end = data.find(b"\r\n\r\n") + 4
-            known = self._shared.heads.get(data[:end])
+            known = shared.heads.get(data[:end])
             if known is not None and len(data) - end == known[1]:
-                self._arrived_s = self._shared.arrived_s()
+                self._arrived_s = shared.arrived_s()
                 self._received(known[0], data[end:])
                 return
             n_before = self._n_messages
@@ -445,7 +450,9 @@ class HttpConnection(asyncio.Protocol):
             linger = exchange.linger
             written.append(self._encode(exchange, close=close))
         if written:
-            self._transport.write(written[0] if len(written) == 1 else b"".join(written))
+            data = written[0] if len(written) == 1 else b"".join(written)
+            self._transport.write(data)
+            self._shared.n_sent_bytes += len(data)
             self._shared.turn_ended_s = time.perf_counter()
         if close:
             self._end(linger=linger)

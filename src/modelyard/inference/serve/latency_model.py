@@ -5,8 +5,8 @@ A centre per size and one spread for all sizes, l(b) = centre(b) * spread:
 - The centre is learned at about four sizes per doubling ("knots") as a smoothed time, in which one run counts for at most
   twice what was expected: a hiccup moves it by a tenth. While a knot is young, a time shorter than expected is believed at
   once, since noise only ever adds to an execution time.
-- The spread is the fourth largest ratio of time to centre among the last 64 runs, the 94th percentile. Three hiccups in
-  64 runs leave it as it is; a machine that has become slower raises it within four runs, one that has become faster lowers
+- The spread is the sixth largest ratio of time to centre among the last 64 runs, the 91st percentile. Five hiccups in 64
+  runs leave it as it is; a machine that has become slower raises it within six runs, one that has become faster lowers
   it after 64.
 - The centre is made monotone by isotonic regression, straight between knots, and beyond the largest size seen half of it
   grows in proportion to the rows: hopeful enough that larger batches get tried, after which they are known.
@@ -23,14 +23,18 @@ from modelyard.bundle.profile import Latency
 from modelyard.errors import ConfigError
 
 _N_RUNS = 64
-_RANK = 4
+_RANK = 6
 """The spread is this many-th largest ratio of the last `_N_RUNS`."""
 _UNMEASURED_SPREAD = 1.2
+_MOST_PROFILED_SPREAD = 2.0
+"""A profile's p99 of a few hundred runs may be a single hiccup."""
 _NEWEST = 0.1
 """Weight of the newest run in a centre that has seen many."""
 _YOUNG = 4.0
 """Runs after which a centre is trusted; a profiled size counts as having had so many."""
-_REDRAW_RUNS = 16
+_REDRAW_RUNS = 64
+"""The curve is drawn anew after so many runs; a surprise counts for several, a young size for all of them."""
+_SURPRISE = 12
 _RELAX = 0.9
 _SHORTEST_S = 1e-9
 
@@ -38,8 +42,8 @@ _SHORTEST_S = 1e-9
 class LatencyModel:
     """The learned latency of one model version for one shape of rows. One owner mutates; not thread-safe.
 
-    Reading is cheap; what was learned since the last reading is drawn into the curve first, which takes some microseconds
-    and happens every 16 runs, or at once where a run was a surprise.
+    Reading is cheap; what was learned since the last reading is drawn into the curve first, which takes some 20 microseconds
+    and happens every 64 runs, or after a few where they were surprising.
 
     Example:
         >>> model = LatencyModel(max_batch_size=8)
@@ -92,7 +96,7 @@ class LatencyModel:
         for size in measured:
             self._weights[self._knot_of[size]] = _YOUNG
         spreads = sorted(max(1.0, each.p99_s / each.p50_s) for each in measured.values()) or [_UNMEASURED_SPREAD]
-        self._spread = spreads[len(spreads) // 2]
+        self._spread = min(spreads[len(spreads) // 2], _MOST_PROFILED_SPREAD)
         # The last runs as (knot, seconds at the knot's size); a ratio to today's centre is taken when drawing, so that a
         # machine that changed is not counted twice, in the centre and in the spread.
         self._runs: deque[tuple[int, float]] = deque(maxlen=_N_RUNS)
@@ -109,6 +113,11 @@ class LatencyModel:
         other._centres, other._runs = self._centres.copy(), self._runs.copy()
         other._weights = [min(weight, 1.0) for weight in self._weights]  # a hint: the first runs may overrule it
         return other
+
+    @property
+    def spread(self) -> float:
+        """How many times longer than usual the slow runs take; 1 where all are alike."""
+        return self._spread
 
     def high_s(self, n_rows: int) -> float:
         """Return l(n_rows), the high quantile by which deadlines are judged; `n_rows` in [1, max_batch_size]."""
@@ -137,10 +146,10 @@ class LatencyModel:
         seen_s = drawn_s * service_s / self._curve[n_rows]  # had it been a batch of the knot's size
         weight = self._weights[knot]
         centre_s = self._centres[knot] if weight else drawn_s
-        if weight < _YOUNG or seen_s > centre_s * self._spread:
+        if weight < _YOUNG:
             self._n_undrawn += _REDRAW_RUNS
         else:
-            self._n_undrawn += 1
+            self._n_undrawn += _SURPRISE if seen_s > centre_s * self._spread else 1
         if not self._known or (seen_s < centre_s and weight < _YOUNG):
             centre_s = seen_s
             self._known = True

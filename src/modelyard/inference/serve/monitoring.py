@@ -1,7 +1,9 @@
 """Metrics over HTTP, and what the access log and traces know of a request."""
 
+import asyncio
 from collections.abc import Iterable
 
+from modelyard.inference.serve.front import outcome_of
 from modelyard.inference.serve.messages import Request, Response
 from modelyard.inference.serve.observe import ServerMetrics, Timeline
 from modelyard.inference.serve.routes import Route
@@ -10,8 +12,11 @@ from modelyard.inference.serve.routes import Route
 def routes(metrics: ServerMetrics) -> Iterable[Route]:
     """Return the routes that Prometheus scrapes: ours, and TensorFlow Serving's path for the same."""
 
-    def scrape(request: Request) -> Response:
-        content_type, body = metrics.exposition(request.headers.get(b"accept", b""))
+    async def scrape(request: Request) -> Response:
+        # On a thread: with many models it takes some milliseconds.
+        loop = asyncio.get_running_loop()
+        accept = request.headers.get(b"accept", b"")
+        content_type, body = await loop.run_in_executor(None, metrics.exposition, accept)
         return Response(200, body, content_type)
 
     return [Route("GET", "/metrics", scrape), Route("GET", "/monitoring/prometheus/metrics", scrape)]
@@ -39,7 +44,7 @@ def timeline_of(request: Request, response: Response, finished_s: float) -> Time
         method=request.method,
         path=request.path,
         status=response.status,
-        cause=call.error.facts.get("cause", "") if hasattr(call.error, "facts") else "",
+        cause="" if call.error is None else outcome_of(call.error, admitted=call.admitted_s > 0)[1],
         arrived_s=call.arrived_s,
         finished_s=finished_s,
         request_bytes=len(request.body),

@@ -7,11 +7,10 @@ The names are in vocabulary.py. Times are seconds, sizes bytes. Everything here 
 """
 
 import os
-import platform
+import sys
 import threading
 from bisect import bisect_left
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -254,6 +253,8 @@ class ServerMetrics:
 
     def __init__(self, slabs: Sequence[memoryview], worker: int = 0, *, triton: bool = False) -> None:
         """`triton` adds the same numbers under the names of Triton's metrics."""
+        import onnxruntime  # a server has it loaded; whoever only reads the vocabulary need not
+
         self.registry = Registry(names.FAMILIES, slabs, worker)
         self._reader = Reader(names.FAMILIES, slabs)
         self._reading = threading.Lock()
@@ -265,7 +266,8 @@ class ServerMetrics:
         self._cpu_s = 0.0
         self._lost: dict[str, int] = {}
         self.registry.counter(names.WORKER_STARTS, self._worker).add()
-        self.registry.gauge(names.BUILD, __version__, _version_of("onnxruntime"), platform.python_version()).set(1.0)
+        python = ".".join(map(str, sys.version_info[:3]))
+        self.registry.gauge(names.BUILD, __version__, onnxruntime.__version__, python).set(1.0)
 
     def model(self, name: str, version: str | int) -> ModelMetrics:
         """Return the handle of a version that is served; the same one each time."""
@@ -333,13 +335,6 @@ class ServerMetrics:
     def _count_up_to(self, family: CounterFamily, n: int) -> None:
         self.registry.counter(family).add(n - self._lost.get(family.name, 0))
         self._lost[family.name] = n
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _read_words(path: Path) -> list[str]:

@@ -1,19 +1,24 @@
 """What runs next, what waits and what is given up: the policy between admission and the engine. Pure decisions.
 
-`work.py` and the planner's simulation drive a `Scheduler` with what happens and when (`arrive`, `finish`, `fail`,
-`cancel`, each with `now_s`) and ask it to `decide`. It knows no clock, no thread and no socket; the one owner mutates it.
+`executor.py` and the planner's simulation tell a `Scheduler` what happens and when (`arrive`, `finish`, `fail`, `cancel`,
+each with `now_s`) and ask it to `decide`. It knows no clock, no thread and no socket; its one owner mutates it.
 
-    l(b)   latency_model.py: a high quantile of the seconds a batch of b rows takes
+    l(b)   latency_model.py: a high quantile of the seconds that a batch of b rows takes
     lam    arrivals.py: smoothed arrival rate, rows per second, plus one standard deviation
-    bmax   largest b with l(b) + b/lam <= target: gathering b rows and computing them just fits
-    b*     rows worth waiting for: the smallest b that keeps the instances under 75 % busy; 1 where batching gains nothing
-    admit  predicted start + l(b*) <= deadline, else the caller is told at once and when to come back
-    run    the earliest deadline and what fits before it, when there are b* rows or waiting longer would be too late
+    bmax   a full batch: the largest b with l(b) * (1 + 1/n) <= target, which leaves time to wait for one of n instances
+    b*     rows worth waiting for: the smallest b that keeps the instances under 75 % busy at lam, if that many can be
+           gathered in time; 1 with one instance, and where a full batch gains too little over rows run one by one
+    admit  predicted start + l(b*) <= deadline, else the caller is told at once, and when to come back
+    run    in order of deadline what fits before the first, when there are b* rows or waiting longer would be too late
     drop   the head that cannot make it any more, or whose rescue would cost a full batch behind it
     guard  too many misses: believe in longer times and smaller batches, and recover slowly
     fail   run the halves of a failed batch alone, until only the poisonous row's caller gets the error
 
-Lineage: Clockwork (OSDI 2020), Nexus (SOSP 2019), Shepherd (NSDI 2023), Symphony (2023).
+Rows are counted, not jobs; a job's rows stay together. Each shape of rows ("bucket") has a queue, a rate and a latency of
+its own, and they share the instances. bench/serve/simulation.py measures the policy against simpler ones.
+
+Lineage: Clockwork (Gujarati et al., OSDI 2020), Nexus (Shen et al., SOSP 2019), Shepherd (Zhang et al., NSDI 2023),
+Symphony (Chen et al., 2023).
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -38,11 +43,13 @@ _MAX_BUCKETS = 64
 """Shapes whose latency and rate are remembered; beyond that the idle one that was quiet for longest is forgotten."""
 _MAX_INFLATION = 2.0
 _INFLATE = 1.1
+_HICCUP = 2.0
+"""A batch that took so many times what was expected tells the guard nothing: more caution would not have saved it."""
 _NEARLY = 0.98
 _PROBE_EVERY = 64
 """Where batching gains nothing, one batch in so many is a larger one, to notice when that has changed."""
 _EXPIRY_SLACK_S = 1e-3
-"""How late a job may be told that it expired in the queue."""
+"""How late a job may be told that it expired in the queue while all instances are busy."""
 
 _deadline_of = attrgetter("deadline_s")
 _served_of = attrgetter("served")
@@ -78,7 +85,10 @@ class Policy:
     utilization: float = 0.75
     """How busy instances may be before larger batches are waited for."""
     batching_gain: float = 1.1
-    """How many times faster than row by row a full batch must be for waiting to make sense."""
+    """Where a full batch is less than so many times faster than its rows one by one, batches stay as small as will do."""
+    waiting_gain: float = 4.0
+    """Where it is less than so many times faster, an instance never waits for more rows: what gathers while all are busy
+    makes batches enough, and waiting would only add to the latency."""
     timer_slack_s: float = 0.0
     """How late the owner's timers may fire; waiting ends so much before the latest start."""
     miss_budget: float = 0.01
@@ -93,7 +103,7 @@ class Policy:
     default_priority: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("target_s", "utilization", "batching_gain", "guard_window_s", "rate_window_s"):
+        for name in ("target_s", "utilization", "batching_gain", "waiting_gain", "guard_window_s", "rate_window_s"):
             if not getattr(self, name) > 0.0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("max_batch_size", "n_instances", "max_queued_rows"):
@@ -121,11 +131,11 @@ class Policy:
 
 
 class Refusal(Struct, frozen=True):
-    """Why a job was not admitted, and when it may be worth another try."""
+    """Why a job was not admitted, and when another try may be worth it."""
 
     cause: RefusalCause
     retry_after_s: float
-    """When this request would be admitted if nothing else came; for "deadline", what the model needs at least."""
+    """Until the same job would be admitted if nothing else came; for "deadline", what its rows alone take to compute."""
 
 
 class Dropped(Struct, frozen=True):
@@ -142,7 +152,7 @@ class Batch(Struct, frozen=True, eq=False):
     n_rows: int
     """More than the largest batch only where one job has more; the executor then runs it in parts."""
     padded_to: int
-    """Rows the engine is given; `n_rows` where any number may be given, or where the executor splits."""
+    """Rows the engine is given: `n_rows`, or the next size it takes; of a job that runs in parts all parts together."""
     bucket: Hashable
     reason: Reason
     started_s: float
@@ -185,6 +195,7 @@ class _Lane:
         "b_star",
         "best_rows_per_s",
         "bucket",
+        "caution",
         "doubt_s",
         "head_s",
         "l_max_s",
@@ -193,6 +204,7 @@ class _Lane:
         "latency",
         "levels",
         "limit",
+        "load",
         "n_rows",
         "n_unprobed",
         "probe_limit",
@@ -219,7 +231,9 @@ class _Lane:
         self.n_unprobed = 0
         self.b_max = self.b_star = 1
         self.l_max_s = self.l_star_s = 0.0
-        self.step = 1  # rows of a usual request
+        self.caution = 1.0  # what l(b) is multiplied with before anybody is made to wait on purpose
+        self.step = 1  # rows of a usual job
+        self.load = 0.0  # instances its traffic keeps busy
         self.doubt_s = now_s
         self.head_s = _NEVER  # the earliest deadline in it, reply cost taken off
         self.revision = -1
@@ -246,7 +260,7 @@ class Scheduler:
         self._largest = policy.max_batch_size
         self._reply_s = policy.reply_s
         self._window_s = policy.target_s - policy.reply_s  # from arrival to the end of computing
-        self._refresh_every_s = min(max(policy.target_s / 20.0, 1e-3), 20e-3)
+        self._refresh_every_s = min(max(policy.target_s / 10.0, 2e-3), 20e-3)
         self._padded = _padded_sizes(policy)
         self._allowed_limit = policy.max_batch_size
         self._lanes: dict[Hashable, _Lane] = {}
@@ -258,6 +272,8 @@ class Scheduler:
         self._ends_s: list[float] = []  # expected ends of what runs, in order
         self._n_finished = self._n_missed = 0
         self._window_ends_s = now_s + policy.guard_window_s
+        self._load = 0.0
+        self._weigh_s = now_s
 
     # What happens.
 
@@ -267,6 +283,8 @@ class Scheduler:
         if lane is None:
             lane = self._open_lane(job.bucket, now_s)
         n_rows = job.n_rows
+        if n_rows < 1:
+            raise ValueError(f"n_rows must be at least 1, got {n_rows}; a job without rows needs no engine")
         arrivals = lane.arrivals
         arrivals.n_rows += n_rows
         arrivals.n_requests += 1
@@ -332,7 +350,7 @@ class Scheduler:
             if now_s >= lane.refresh_s:
                 self._refresh(lane, now_s)
         self._n_finished += len(batch.jobs)
-        if now_s > batch.deadline_s:
+        if now_s > batch.deadline_s and now_s - batch.started_s < _HICCUP * (batch.expected_end_s - batch.started_s):
             computed_by_s = now_s + self._reply_s
             self._n_missed += sum(computed_by_s > job.deadline_s for job in batch.jobs)
 
@@ -411,21 +429,21 @@ class Scheduler:
             # Until an instance is free there is nothing to do but to give up what gets too late for a full batch.
             lane.quiet_until_s = head_s - lane.l_max_s
             lane.quiet_rows = _NEVER
+            free_s = self._ends_s[0]
             expires_s = head_s - l_s[1] + _EXPIRY_SLACK_S
-            lane.wake_s = (
-                expires_s if now_s < expires_s < self._ends_s[0] or self._ends_s[0] < now_s < expires_s else _NEVER
-            )
+            lane.wake_s = expires_s if expires_s < free_s or free_s < now_s else _NEVER
             return None
         n_rows, b_star, limit = lane.n_rows, lane.b_star, lane.limit
         if n_rows >= b_star:
             return "reached b*" if b_star > 1 else "instance free"
         # Wait for one more request of the usual size, as long as a batch with it could still make it.
-        step = lane.step
-        latest_s = hold_s - l_s[min(n_rows + step, limit)] - self.policy.timer_slack_s
+        step, caution = lane.step, lane.caution
+        hold_s -= self.policy.timer_slack_s
+        latest_s = hold_s - caution * l_s[min(n_rows + step, limit)]
         if now_s >= latest_s:
             return "latest start"
         # Each arrival makes the latest start a little earlier; a timer at the earliest of them need not be moved.
-        soonest_s = hold_s - l_s[min(b_star - 1 + step, limit)] - self.policy.timer_slack_s
+        soonest_s = hold_s - caution * l_s[min(b_star - 1 + step, limit)]
         if now_s < soonest_s:
             lane.wake_s = lane.quiet_until_s = soonest_s
             lane.quiet_rows = b_star
@@ -526,10 +544,11 @@ class Scheduler:
             n_rows = sum([job.n_rows for job in jobs])
             if len(lane.levels) > 1:
                 deadline_s = min([job.deadline_s for job in jobs])
-        if n_rows <= self._largest:
+        largest = self._largest
+        if n_rows <= largest:
             padded_to, service_s = self._padded[n_rows], lane.l_s[n_rows]
         else:
-            padded_to, service_s = n_rows, self._service_s(lane, n_rows)
+            padded_to, service_s = n_rows // largest * largest + self._padded[n_rows % largest], self._service_s(lane, n_rows)
         end_s = now_s + service_s
         batch = Batch(jobs, n_rows, padded_to, lane.bucket, reason, now_s, end_s, deadline_s - self._reply_s)
         self._n_free -= 1
@@ -548,6 +567,11 @@ class Scheduler:
         return lane, [job for job in jobs if done_s <= job.deadline_s]
 
     # What it knows.
+
+    def update(self, now_s: float) -> None:
+        """Bring the rates up to date for somebody who looks; while jobs come and go that happens by itself."""
+        for lane in self._lanes.values():
+            self._refresh(lane, now_s)
 
     @property
     def queued_rows(self) -> int:
@@ -678,65 +702,71 @@ class Scheduler:
         return lane
 
     def _refresh(self, lane: _Lane, now_s: float) -> None:
-        """Bring bmax and b* up to date with rate, latency and guard."""
+        """Bring a lane up to date with its rate, its latency and the guard; every few milliseconds."""
         if now_s >= self._window_ends_s:
             self._close_window(now_s)
         lane.refresh_s = now_s + self._refresh_every_s
         lane.quiet_until_s = 0.0
         lane.arrivals.update(now_s)
+        if len(self._lanes) > 1 and now_s >= self._weigh_s:
+            self._weigh_s = now_s + 10.0 * self._refresh_every_s
+            self._weigh(now_s)
         latency = lane.latency
         latency.redraw()
         if lane.revision != latency.revision:
             lane.revision = latency.revision
             table_s = latency.high_table_s()
-            lane.l_s = [self.inflation * table_s[size] for size in self._padded]
-            best_rate, lane.best_rows_per_s = 0.0, [0.0]
+            lane.l_s = l_s = [self.inflation * table_s[size] for size in self._padded]
+            best, lane.best_rows_per_s = 0.0, [0.0]
             for n_rows in range(1, self._largest + 1):
-                best_rate = max(best_rate, n_rows / lane.l_s[n_rows])
-                lane.best_rows_per_s.append(best_rate)
-        l_s, limit = lane.l_s, self._allowed_limit
-        lane.limit = limit
-        lane.step = max(1, round(lane.arrivals.rows_per_request))
-        rate = lane.arrivals.high_rows_per_s
-        # The largest b with l(b) + b / rate <= window; the left side grows with b.
-        b_max, beyond = 1, limit + 1
-        if rate > 0.0:
-            while beyond - b_max > 1:
-                middle = (b_max + beyond) // 2
-                if l_s[middle] + max(middle / rate, l_s[middle] / self.policy.n_instances) <= self._window_s:
-                    b_max = middle
-                else:
-                    beyond = middle
-        policy = self.policy
+                best = max(best, n_rows / l_s[n_rows])
+                lane.best_rows_per_s.append(best)
+        self._aim(lane)
+
+    def _aim(self, lane: _Lane) -> None:
+        """Set bmax and b*."""
+        policy, window_s, l_s, best = self.policy, self._window_s, lane.l_s, lane.best_rows_per_s
         n = policy.n_instances
-        best = lane.best_rows_per_s
-        needed = rate / (policy.utilization * n * self._share(lane))
-        enough = bisect_left(best, needed, 1, b_max)
-        b_star, step = 1, lane.step
-        if l_s[1] * b_max < policy.batching_gain * l_s[b_max]:
-            # Batching gains next to nothing: the smallest batch that does the work, since company only makes it late.
-            nearly_best = bisect_left(best, _NEARLY * best[b_max], 1, b_max)
-            largest_useful = b_max
-            b_max = lane.limit = min(enough, nearly_best)
-            lane.probe_limit = min(2 * b_max, largest_useful)
-            if not latency.seen(lane.probe_limit):
+        limit = lane.limit = lane.probe_limit = self._allowed_limit
+        lane.step = step = max(1, round(lane.arrivals.rows_per_request))
+        # bmax leaves the gathering of its rows, b / lam, out: at a low rate that would refuse a burst one batch can serve.
+        b_max = max(1, bisect_right(l_s, window_s * n / (n + 1), 1, limit + 1) - 1)
+        rate = lane.arrivals.high_rows_per_s
+        share = lane.load / self._load if len(self._lanes) > 1 and lane.load > 0.0 else 1.0
+        enough = bisect_left(best, rate / (policy.utilization * n * share), 1, b_max)
+        gain = l_s[1] * b_max / l_s[b_max]
+        b_star = 1
+        if gain < policy.batching_gain:
+            # The smallest batch that does the work, since company would only make it late; now and then a larger one.
+            useful = b_max
+            b_max = lane.limit = min(enough, bisect_left(best, _NEARLY * best[useful], 1, useful))
+            lane.probe_limit = min(2 * b_max, useful)
+            if not lane.latency.seen(lane.probe_limit):
                 lane.n_unprobed = _PROBE_EVERY
         else:
             if b_max > step > 1:
-                b_max -= b_max % step  # whole requests
-            lane.probe_limit = limit
-            if n > 1 and enough > 1:
-                b_star = min(-(-enough // step) * step, b_max)
+                b_max -= b_max % step  # whole jobs
+            if n > 1 and enough > 1 and gain >= policy.waiting_gain:
+                lane.caution = lane.latency.spread
+                b_star = min(-(-enough // step) * step, self._gatherable(lane, b_max, rate))
         lane.b_max, lane.b_star = b_max, b_star
         lane.l_max_s, lane.l_star_s = l_s[b_max], l_s[b_star]
 
-    def _share(self, lane: _Lane) -> float:
-        """Return which part of the instances' time this lane's traffic needs, of all that is needed."""
-        if len(self._lanes) == 1:
-            return 1.0
-        own = lane.arrivals.rows_per_s / lane.best_rows_per_s[lane.b_max]
-        total = sum(other.arrivals.rows_per_s / other.best_rows_per_s[other.b_max] for other in self._lanes.values())
-        return own / total if own > 0.0 else 1.0
+    def _gatherable(self, lane: _Lane, b_max: int, rate: float) -> int:
+        """Return the largest b <= bmax that can be gathered, wait for an instance and be computed within the target."""
+        window_s, l_s, step, n = self._window_s, lane.l_s, lane.step, self.policy.n_instances
+        b = b_max
+        while b > step and lane.caution * l_s[b] + max(b / rate, l_s[b] / n) > window_s:
+            b -= step
+        return b
+
+    def _weigh(self, now_s: float) -> None:
+        """Learn how many instances the traffic of each lane needs, which is how they share them."""
+        self._load = 0.0
+        for lane in self._lanes.values():
+            lane.arrivals.update(now_s)
+            lane.load = lane.arrivals.rows_per_s / lane.best_rows_per_s[lane.b_max] if lane.l_s else 0.0
+            self._load += lane.load
 
     def _close_window(self, now_s: float) -> None:
         """The guard: after too many misses believe in longer times and smaller batches; else recover slowly."""

@@ -26,6 +26,8 @@ class ServerSettings:
     access_log_path: Path | None = None
     """None is stderr."""
     access_log_sample: float = 1.0
+    trace_sample: float | None = None
+    """Share of requests whose trace is sent by OpenTelemetry; None sends none."""
     triton_metrics: bool = False
     """Add the same numbers under Triton's names."""
     limits: HttpLimits = field(default_factory=HttpLimits)

@@ -694,8 +694,6 @@ class Supervisor:
         match message:
             case Attached():
                 worker.attached = True
-                if self._phase == "draining":  # it began just before it could be told not to
-                    self._send(worker, Drain())
                 self._choose_takers()
             case Ready(report):
                 self._on_worker_ready(worker, report)

@@ -153,7 +153,7 @@ def routes(front: Front, repository: Repository) -> Iterable[Route]:
         adapter = adapters[verb]
 
         def answer(request: Request, model: str, version: str | None = None, label: str | None = None) -> None:
-            front.ask(request, terms_of(request.head), adapter, model, version, label)
+            front.ask(request, terms_of(request.head), adapter, model, _given(version), label)
 
         return answer
 
@@ -161,6 +161,7 @@ def routes(front: Front, repository: Repository) -> Iterable[Route]:
         return json_response({"models": repository.names()})
 
     def status(request: Request, model: str, version: str | None = None, label: str | None = None) -> Response:
+        version = _given(version)
         every = version is None and label is None
         entries = repository.entries(model) if every else (repository.entry(model, version, label),)
         return json_response(
@@ -172,7 +173,7 @@ def routes(front: Front, repository: Repository) -> Iterable[Route]:
         )
 
     def metadata(request: Request, model: str, version: str | None = None, label: str | None = None) -> Response:
-        entry = repository.entry(model, version, label)
+        entry = repository.entry(model, _given(version), label)
         return json_response(
             {
                 "model_spec": {"name": model, "signature_name": "", "version": str(entry.version)},
@@ -190,6 +191,11 @@ def routes(front: Front, repository: Repository) -> Iterable[Route]:
         for end, answer in (("", status), ("/metadata", metadata))
     ]
     return [*asked, Route("GET", "/v1/models", models, ignore_case=True), *told]
+
+
+def _given(version: str | None) -> str | None:
+    """Return the version in a URL; 0, which clients of OpenVINO's server send for "the default", is none."""
+    return None if version == "0" else version
 
 
 def _object(body: bytes, what: str) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from modelyard.inference.serve.observe import ServerMetrics
 from modelyard.inference.serve.repository import Entry, Loaded, Pick, Repository
 from modelyard.inference.serve.seat import Json, Seat
 from modelyard.inference.serve.server import ServerSettings
+from modelyard.inference.serve.tracing import Tracer
 
 _SWEEP_EVERY_S = 1.0
 
@@ -49,9 +50,11 @@ class Worker:
         self._repository = repository
         self._load_one = load_one
         self._describe = describe
+        self._counted: dict[int, int] = {}
         self._drain, self._end = asyncio.Event(), asyncio.Event()
         self._adopting: set[asyncio.Task[Any]] = set()
         self._access_log: AccessLog | None = None
+        self._tracer: Tracer | None = None
 
     async def run(self) -> int:
         """Return the exit code."""
@@ -63,6 +66,9 @@ class Worker:
         if self._settings.access_log:
             self._access_log = AccessLog(self._settings.access_log_path, sample=self._settings.access_log_sample)
             self._access_log.start()
+        if self._settings.trace_sample is not None:
+            self._tracer = Tracer(sample=self._settings.trace_sample)
+            self._tracer.start()
         front = Front(repository, self._metrics)
         app = App(
             [
@@ -74,7 +80,7 @@ class Worker:
         self._http = Connections(
             app,
             self._settings.limits,
-            on_served=self._on_served if self._access_log is not None else None,
+            on_served=self._on_served if self._access_log is not None or self._tracer is not None else None,
             on_open=self._count,
         )
         self._seat.attach(
@@ -122,13 +128,15 @@ class Worker:
             loader.shutdown(wait=False, cancel_futures=True)
             if self._access_log is not None:
                 self._access_log.close()
+            if self._tracer is not None:
+                self._tracer.close()
 
     def _adopt(self, tag: str, accepted: socket.socket) -> None:
         """Take over an accepted connection."""
         task = self._loop.create_task(self._connect(accepted))
         self._adopting.add(task)
+        task.add_done_callback(self._adopted)
         self._count(len(self._http.open))
-        task.add_done_callback(self._adopting.discard)
 
     async def _connect(self, accepted: socket.socket) -> None:
         try:
@@ -136,25 +144,53 @@ class Worker:
             await self._loop.connect_accepted_socket(self._http.new_connection, accepted)
         except OSError:  # it has gone again
             accepted.close()
-            self._count(len(self._http.open))
+
+    def _adopted(self, task: asyncio.Task[Any]) -> None:
+        self._adopting.discard(task)
+        self._count(len(self._http.open))
 
     def _count(self, n_open: int) -> None:
         self._seat.count_open(n_open + len(self._adopting))
 
     async def _obey(self, command: Json) -> Json:
+        if command.get("command") == "reload" and self._access_log is not None:
+            self._access_log.reopen()
         return {"error": f"unknown command {command.get('command')!r}"}
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_EVERY_S)
             self._http.sweep(self._loop.time())
-            self._metrics.refresh(time.time())
-            self._repository.observe()
+            self._measure()
+
+    def _measure(self) -> None:
+        """Bring up to date what is not counted as it happens."""
+        metrics, http = self._metrics, self._http
+        metrics.connections("http").set(len(http.open))
+        for counter, total in (
+            (metrics.received_bytes("http"), http.n_received_bytes),
+            (metrics.sent_bytes("http"), http.n_sent_bytes),
+            (metrics.discarded_bytes("http"), http.n_discarded_bytes),
+        ):
+            counter.add(total - self._counted.get(counter.index, 0))
+            self._counted[counter.index] = total
+        metrics.lost(
+            log_lines=self._access_log.n_dropped if self._access_log is not None else 0,
+            traces=self._tracer.n_dropped if self._tracer is not None else 0,
+        )
+        metrics.refresh(time.time())
+        self._repository.observe()
 
     def _on_served(self, request: Request, response: Response) -> None:
-        log = self._access_log
-        if log is not None and log.wanted(response.status):
-            log.record(timeline_of(request, response, time.perf_counter()))
+        log, tracer = self._access_log, self._tracer
+        logged = log is not None and log.wanted(response.status)
+        traced = tracer is not None and request.served is not None and tracer.wanted(request.served.terms.traceparent)
+        if logged or traced:
+            timeline = timeline_of(request, response, time.perf_counter())
+            if logged and log is not None:
+                log.record(timeline)
+            if traced and tracer is not None:
+                tracer.record(timeline)
 
     def _report(self, entry: Entry) -> Json:
         report: Json = {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
