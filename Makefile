@@ -3,6 +3,7 @@
 #   make test       the tests; make test-all adds the slow ones
 #   make check      format, lint, types, import contracts, commands in the documents
 #   make bench      measurements, printed with machine, versions and commit
+#   make bench-serve  the server against its peers, side by side; less than an hour
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small build of torch.
 
 PYTHON ?= python3
@@ -10,12 +11,12 @@ VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all check bench constraints format clean
+.PHONY: help demo test test-all check bench bench-serve constraints format clean
 .DEFAULT_GOAL := help
 
 # Where no target is named.
 help:
-	@sed -n 's/^# \{0,2\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,2\}//p' Makefile | head -7
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	scripts/set-up.sh $(PYTHON) $(VENV) $(TORCH_INDEX)
@@ -39,6 +40,9 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@status=0; for script in training_loop int8 light; do $(BIN)/python bench/$$script.py || status=1; done; exit $$status
+
+bench-serve: $(VENV)/.installed
+	$(BIN)/python -m bench.serve
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -25,6 +25,7 @@ from modelyard.inference.serve.scheduling import Batch, Refusal, Scheduler
 INLINE_BELOW_S = 200e-6
 """Handing a run to a thread and its result back costs about this much, and wakes a second core."""
 
+_STRAINED_S = 1.0
 _REFUSALS = {
     "overload": "there is more work waiting than can be done in time",
     "deadline": "its deadline is shorter than one run of the model takes",
@@ -63,6 +64,7 @@ class Executor:
         self._lock = threading.Lock()  # held for the scheduler's decisions, by the loop and the instances' threads
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn_due = False
+        self._strained_until_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._idle: list[SimpleQueue[Batch | None]] = []
         self._threads: list[threading.Thread] = []
@@ -70,9 +72,18 @@ class Executor:
         self._closed = False
 
     def refusal(self, n_rows: int, deadline_s: float, now_s: float) -> Exception | None:
-        """Return why a call that is not read yet would be refused, None where it would not."""
-        refusal = self.scheduler.would_refuse(n_rows, deadline_s, now_s)
-        return None if refusal is None else self._error(refusal)
+        """Return why a call that is not read yet would be refused, None where it would not.
+
+        Looks only while there is a reason to: when something was refused or dropped a moment ago.
+        """
+        if now_s > self._strained_until_s:
+            return None
+        with self._lock:
+            refusal = self.scheduler.would_refuse(n_rows, deadline_s, now_s)
+        if refusal is None:
+            return None
+        self._strained_until_s = now_s + _STRAINED_S
+        return self._error(refusal)
 
     def submit(self, call: Call) -> None:
         """Queue a call; its `on_done` follows. On the event loop.
@@ -84,6 +95,7 @@ class Executor:
         with self._lock:
             refusal = self.scheduler.arrive(call, now_s)
         if refusal is not None:
+            self._strained_until_s = now_s + _STRAINED_S
             raise self._error(refusal)
         if not self._turn_due:
             if self._loop is None:
@@ -138,7 +150,7 @@ class Executor:
                 decision = self.scheduler.decide(perf_counter())
                 batch = decision.batch
                 inbox = None
-                if batch is not None and batch.expected_end_s - batch.started_s > self._inline_below_s:
+                if batch is not None and not self._is_short(batch):
                     inbox = self._idle.pop() if self._idle else self._new_instance()
             if decision.dropped:
                 self._drop(decision.dropped)
@@ -149,6 +161,12 @@ class Executor:
                 self._run_here(batch)
             else:
                 inbox.put(batch)
+
+    def _is_short(self, batch: Batch) -> bool:
+        """Whether handing the batch to a thread would cost more than computing it: judged by what it usually takes."""
+        rows = min(batch.n_rows, self._max_batch_size)
+        usual_s = self.scheduler.latency_of(batch.bucket).mean_s(rows)
+        return usual_s * batch.n_rows <= self._inline_below_s * rows
 
     def _run_here(self, batch: Batch) -> None:
         outcome = self._compute(batch)
@@ -207,6 +225,7 @@ class Executor:
 
     def _drop(self, dropped: Sequence[Any]) -> None:
         now_s = perf_counter()
+        self._strained_until_s = now_s + _STRAINED_S
         for one in dropped:
             call: Call = one.job
             waited_ms = (now_s - call.arrived_s) * 1e3

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from modelyard.errors import (
     BodyTooLarge,
+    Cold,
     DeadlineExceeded,
     MethodNotAllowed,
     ModelyardError,
@@ -25,7 +26,7 @@ from modelyard.inference.serve.calls import Call, Terms
 from modelyard.inference.serve.explain import explained, timeline
 from modelyard.inference.serve.messages import Request, Response, error_response, json_response
 from modelyard.inference.serve.observe import ServerMetrics
-from modelyard.inference.serve.repository import Loaded, Repository
+from modelyard.inference.serve.repository import COLD_PATIENCE_S, Loaded, Repository
 from modelyard.inference.serve.vocabulary import Outcome
 
 _CAUSES: dict[type, str] = {
@@ -82,40 +83,75 @@ class Front:
         label: str | None = None,
     ) -> None:
         """Answer `asker` by way of `adapter`, now or later; raises nothing."""
-        loaded = None
         try:
             loaded = self._repository.pick(name, version, label, terms.key)
-            self._ask(asker, terms, adapter, loaded)
+        except Cold as cold:
+            self._wait(asker, terms, adapter, cold)
         except Exception as exc:  # noqa: BLE001  # becomes the answer; a bug goes to the log as well
+            self._refuse(asker, adapter, exc, None)
+        else:
+            self._ask(asker, terms, adapter, loaded, asker.arrived_s)
+
+    def _wait(self, asker: Asker, terms: Terms, adapter: Adapter, cold: Cold) -> None:
+        """Have the version loaded; the request waits within its deadline, or for some time where it brings none."""
+
+        def then(loaded: Loaded) -> None:
+            # Its own deadline counts from arrival; the model's target from when there is a model.
+            self._ask(asker, terms, adapter, loaded, asker.arrived_s if terms.timeout_s else perf_counter())
+
+        def otherwise(error: Exception) -> None:
+            self._refuse(asker, adapter, error, None)
+
+        deadline_s = asker.arrived_s + (terms.timeout_s or COLD_PATIENCE_S)
+        asker.on_gone = self._repository.when_ready(cold, deadline_s, then, otherwise)
+
+    def _ask(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded, since_s: float) -> None:
+        """Submit to a version; `since_s` is what its deadline counts from."""
+        try:
+            now_s = perf_counter()
+            budget_s = terms.timeout_s or loaded.target_s
+            executor = loaded.executor
+            # What has waited for this long to be read will wait as long again for its answer to be written.
+            if now_s + now_s - since_s - since_s > budget_s:
+                raise Overloaded(
+                    f"{loaded.name}: refused, since the server reads requests later than they could be answered in time; try again in "
+                    "1 s, or allow more time with the header Modelyard-Timeout-Ms",
+                    cause="overload",
+                    retry_after_s=1.0,
+                )
+            refusal = executor.refusal(1, since_s + budget_s, now_s)
+            if refusal is not None:
+                raise refusal
+            call = adapter.read(asker, loaded)
+            call.asker = asker
+            call.adapter = adapter
+            call.loaded = loaded
+            call.arrived_s = asker.arrived_s
+            call.deadline_s = since_s + (call.timeout_s or budget_s)
+            call.priority = call.priority or terms.priority
+            call.terms = terms
+            call.on_done = self._done
+            if loaded.cache is not None and self._is_cached(call, loaded, now_s):
+                return
+            executor.submit(call)
+            asker.on_gone = call.cancel
+        except Exception as exc:  # noqa: BLE001  # as above
             self._refuse(asker, adapter, exc, loaded)
 
-    def _ask(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded) -> None:
-        now_s = perf_counter()
-        arrived_s = asker.arrived_s
-        budget_s = terms.timeout_s or loaded.target_s
-        executor = loaded.executor
-        # What has waited for this long to be read will wait as long again for its answer to be written.
-        if now_s + now_s - arrived_s - arrived_s > budget_s:
-            raise Overloaded(
-                f"{loaded.name}: refused, since the server reads requests later than they could be answered in time; try again in 1 s, "
-                "or allow more time with the header Modelyard-Timeout-Ms",
-                cause="overload",
-                retry_after_s=1.0,
-            )
-        refusal = executor.refusal(1, arrived_s + budget_s, now_s)
-        if refusal is not None:
-            raise refusal
-        call = adapter.read(asker, loaded)
-        call.asker = asker
-        call.adapter = adapter
-        call.loaded = loaded
-        call.arrived_s = arrived_s
-        call.deadline_s = arrived_s + (call.timeout_s or budget_s)
-        call.priority = call.priority or terms.priority
-        call.terms = terms
-        call.on_done = self._done
-        executor.submit(call)
-        asker.on_gone = call.cancel
+    def _is_cached(self, call: Call, loaded: Loaded, now_s: float) -> bool:
+        """Answer from the cache, if an equal call was answered before."""
+        assert loaded.cache is not None
+        call.run = loaded.cache.get(call, now_s)
+        metrics = loaded.executor.metrics
+        if call.run is None:
+            if metrics is not None:
+                metrics.cache_miss()
+            return False
+        if metrics is not None:
+            metrics.cache_hit()
+        call.admitted_s = now_s
+        self._done(call)
+        return True
 
     def _done(self, call: Call) -> None:
         asker, adapter, loaded = call.asker, call.adapter, call.loaded
@@ -132,6 +168,10 @@ class Front:
                 metrics, run = loaded.executor.metrics, call.run
                 if metrics is not None and run is not None:
                     metrics.answered(adapter.protocol, finished_s - call.arrived_s, run.started_s - call.admitted_s)
+                if loaded.cache is not None:
+                    loaded.cache.put(call)
+                if loaded.shadow is not None:
+                    loaded.shadow.offer(call)
                 return
         self._refuse(asker, adapter, error, loaded, call)
 

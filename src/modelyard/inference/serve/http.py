@@ -427,10 +427,11 @@ class HttpConnection(asyncio.Protocol):
 
     def _refuse(self, error: ModelyardError) -> None:
         """Answer the request in progress with `error`, after the answers before it, and read no more requests."""
+        head = Head("", "")  # of a head that never ended nothing is certain
+        if self._in_message and not self._in_head:
+            head = Head(self._parser.get_method().decode(), *_split(self._url), self._headers)
         self._stopped, self._in_message, self._in_head = True, False, False
         self._deadline_s = _NEVER
-        method = (self._parser.get_method() or b"").decode("latin-1")
-        head = Head(method, *_split(self._url), self._headers)
         exchange = _Exchange(self, head, b"", self._arrived_s, close=True)
         exchange.linger = True
         self._exchanges.append(exchange)

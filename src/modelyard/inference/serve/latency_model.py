@@ -8,11 +8,9 @@ A centre per size and one spread for all sizes, l(b) = centre(b) * spread:
 - The spread is the sixth largest ratio of time to centre among the last 64 runs, the 91st percentile. Five hiccups in 64
   runs leave it as it is; a machine that has become slower raises it within six runs, one that has become faster lowers
   it after 64.
-- The centre is made monotone by isotonic regression, straight between knots, and beyond the largest size seen half of it
-  grows in proportion to the rows: hopeful enough that larger batches get tried, after which they are known.
-
-Source of the isotonic step: Barlow, Bartholomew, Bremner and Brunk, Statistical Inference under Order Restrictions (1972),
-pool adjacent violators.
+- A curve that never falls is drawn through the centres: the one seen last is believed, and earlier ones give way where both
+  cannot be true. It is straight between knots, and beyond the largest size seen half of it grows in proportion to the
+  rows: hopeful enough that larger batches get tried, after which they are known.
 """
 
 from bisect import bisect_left
@@ -32,6 +30,8 @@ _NEWEST = 0.1
 """Weight of the newest run in a centre that has seen many."""
 _YOUNG = 4.0
 """Runs after which a centre is trusted; a profiled size counts as having had so many."""
+_FORGET_RUNS = 256
+"""A knot that was not seen for so many runs is young again."""
 _REDRAW_RUNS = 64
 """The curve is drawn anew after so many runs; a surprise counts for several, a young size for all of them."""
 _SURPRISE = 12
@@ -59,8 +59,10 @@ class LatencyModel:
         "_curve",
         "_knot_of",
         "_known",
+        "_n_runs",
         "_n_undrawn",
         "_runs",
+        "_seen_at",
         "_sizes",
         "_spread",
         "_weights",
@@ -89,12 +91,14 @@ class LatencyModel:
         self._knot_of = _nearest(self._sizes, max_batch_size)
         measured = {each.batch_size: each for each in profile if each.batch_size <= max_batch_size and each.p50_s > 0.0}
         self._known = bool(measured)
-        points = [(size, each.p50_s, 1.0) for size, each in sorted(measured.items())]
-        self._curve = _draw(points or [(1, guess_row_s, 1.0)], max_batch_size)
+        points = [(size, each.p50_s) for size, each in sorted(measured.items())]
+        self._curve = _draw(points or [(1, guess_row_s)], max_batch_size)
         self._centres = [self._curve[size] for size in self._sizes]
         self._weights = [0.0] * len(self._sizes)  # runs behind each centre; 0: nothing but the curve around it
         for size in measured:
             self._weights[self._knot_of[size]] = _YOUNG
+        self._n_runs = 0
+        self._seen_at = [0] * len(self._sizes)  # the value of `_n_runs` then
         spreads = sorted(max(1.0, each.p99_s / each.p50_s) for each in measured.values()) or [_UNMEASURED_SPREAD]
         self._spread = min(spreads[len(spreads) // 2], _MOST_PROFILED_SPREAD)
         # The last runs as (knot, seconds at the knot's size); a ratio to today's centre is taken when drawing, so that a
@@ -111,7 +115,8 @@ class LatencyModel:
         other = LatencyModel(self.max_batch_size)
         other._curve, other._spread, other._known = self._curve, self._spread, self._known
         other._centres, other._runs = self._centres.copy(), self._runs.copy()
-        other._weights = [min(weight, 1.0) for weight in self._weights]  # a hint: the first runs may overrule it
+        other._weights = self._weights.copy()
+        other._n_runs = _FORGET_RUNS + 1  # all of it is hearsay: the first runs may overrule it
         return other
 
     @property
@@ -145,11 +150,15 @@ class LatencyModel:
         drawn_s = self._curve[self._sizes[knot]]
         seen_s = drawn_s * service_s / self._curve[n_rows]  # had it been a batch of the knot's size
         weight = self._weights[knot]
+        n_runs = self._n_runs = self._n_runs + 1
+        if weight >= _YOUNG and n_runs - self._seen_at[knot] > _FORGET_RUNS:
+            weight = _YOUNG - 1.0
+        self._seen_at[knot] = n_runs
         centre_s = self._centres[knot] if weight else drawn_s
         if weight < _YOUNG:
             self._n_undrawn += _REDRAW_RUNS
         else:
-            self._n_undrawn += _SURPRISE if seen_s > centre_s * self._spread else 1
+            self._n_undrawn += _SURPRISE if seen_s > drawn_s * self._spread else 1
         if not self._known or (seen_s < centre_s and weight < _YOUNG):
             centre_s = seen_s
             self._known = True
@@ -181,11 +190,10 @@ class LatencyModel:
         """Draw what was learned into the curve, if there is enough of it to matter."""
         if self._n_undrawn < _REDRAW_RUNS:
             return
-        centres, sizes = self._centres, self._sizes
-        points = [(sizes[knot], centres[knot], weight) for knot, weight in enumerate(self._weights) if weight]
-        if not points:  # nothing but a guess, relaxed
-            points = [(sizes[0], centres[0], 1.0)]
-        self._curve = _draw(points, self.max_batch_size)
+        centres = self._centres
+        seen = [knot for knot, weight in enumerate(self._weights) if weight] or [0]  # or a guess, relaxed
+        seen.sort(key=self._seen_at.__getitem__, reverse=True)
+        self._curve = _draw([(self._sizes[knot], centres[knot]) for knot in seen], self.max_batch_size)
         self._spread = max(1.0, sorted([seen_s / centres[knot] for knot, seen_s in self._runs])[-_RANK])
         self._n_undrawn = 0
         self.revision += 1
@@ -212,31 +220,28 @@ def _nearest(sizes: Sequence[int], max_batch_size: int) -> list[int]:
     return nearest
 
 
-def _draw(points: Sequence[tuple[int, float, float]], max_batch_size: int) -> list[float]:
-    """Return the seconds of 0, 1, ... `max_batch_size` rows through (size, seconds, weight) points in order of size.
+def _draw(points: Iterable[tuple[int, float]], max_batch_size: int) -> list[float]:
+    """Return the seconds of 0, 1, ... `max_batch_size` rows through (size, seconds) points, those to be believed first.
 
-    Never falling: level below the first point, straight between points, half in proportion to the rows beyond the last.
+    Never falling: a point that contradicts an earlier one is moved as far as it must. Level below the smallest size,
+    straight between sizes, half in proportion to the rows beyond the largest.
     """
-    levels = _isotonic([seconds for _, seconds, _ in points], [weight for *_, weight in points])
-    before, level_s = points[0][0], levels[0]
+    sizes: list[int] = []
+    levels_s: list[float] = []
+    for size, level_s in points:
+        place = bisect_left(sizes, size)
+        if place < len(sizes):
+            level_s = min(level_s, levels_s[place])
+        if place:
+            level_s = max(level_s, levels_s[place - 1])
+        sizes.insert(place, size)
+        levels_s.insert(place, level_s)
+    before, level_s = sizes[0], levels_s[0]
     curve = [0.0] + [level_s] * before
-    for (size, *_), next_s in zip(points[1:], levels[1:], strict=True):
+    for size, next_s in zip(sizes[1:], levels_s[1:], strict=True):
         slope_s = (next_s - level_s) / (size - before)
         curve += [level_s + slope_s * step for step in range(1, size - before)]
         curve.append(next_s)
         before, level_s = size, next_s
     curve += [level_s * 0.5 * (1.0 + size / before) for size in range(before + 1, max_batch_size + 1)]
     return curve
-
-
-def _isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Return the never-falling sequence nearest to `values` in weighted squares."""
-    pools: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(values, weights, strict=True):
-        length = 1
-        while pools and pools[-1][0] >= value:
-            mean, pooled, before = pools.pop()
-            value = (mean * pooled + value * weight) / (pooled + weight)
-            weight, length = weight + pooled, length + before
-        pools.append((value, weight, length))
-    return [mean for mean, _, length in pools for _ in range(length)]

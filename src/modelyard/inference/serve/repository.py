@@ -1,83 +1,48 @@
-"""The models served: which versions, in which state, and how one is loaded: fetched, verified, checked, only then ready."""
+"""The models served: which of their versions answers a request, and in which state each is.
+
+    Front → `Repository.pick` → Loaded → executor
+          ↘ Cold → `when_ready` → waiting.py → a load → Loaded
+    commands.py → keeper.py (loads, switches, frees) → the table that `pick` reads
+
+Every worker has a repository of its own.
+"""
 
 import asyncio
-import statistics
-import time
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor as Pool
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from time import perf_counter
+from typing import Any
 
-from modelyard.bundle.cases import CaseSet
-from modelyard.bundle.format import read_bundle
 from modelyard.bundle.manifest import Signature
 from modelyard.bundle.store import Store
-from modelyard.errors import ConfigError, ModelyardError, NotReady, UnknownModel
-from modelyard.inference.rows import example_row
-from modelyard.inference.runtime import Engine, open_engine
-from modelyard.inference.serve.executor import Executor
-from modelyard.inference.serve.latency_model import LatencyModel
-from modelyard.inference.serve.packing import Packer
-from modelyard.inference.serve.scheduling import Policy, Scheduler
+from modelyard.errors import Cold, ConfigError, NotReady, UnknownModel
+from modelyard.inference.serve import commands
+from modelyard.inference.serve.commands import REFRESH, RELOAD, STICKY, Broadcast, Json
+from modelyard.inference.serve.keeper import Keeper, not_ready
+from modelyard.inference.serve.loading import Loaded, ModelSettings, Pick, load, loader_pool
+from modelyard.inference.serve.polling import Library
+from modelyard.inference.serve.residency import Key
+from modelyard.inference.serve.served_model import Entry, Fork, ServedModel, State
+from modelyard.inference.serve.traffic import Traffic
+from modelyard.inference.serve.versions import Ref, VersionPolicy
+from modelyard.inference.serve.waiting import WaitingRoom
 
-State = Literal["loading", "ready", "failed", "draining"]
-T = TypeVar("T")
+__all__ = [
+    "REFRESH", "RELOAD", "STICKY", "Broadcast", "Entry", "Json", "Library", "Loaded", "ModelSettings", "Pick", "Repository", "State",
+    "choose", "load", "loader_pool", "policies_of",
+]  # fmt: skip
 
+COLD_PATIENCE_S = 60.0
+"""How long a request that brings no deadline of its own may wait for a model to be loaded."""
 
-@dataclass(frozen=True)
-class Pick:
-    """A version to serve."""
-
-    name: str
-    version: int
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """How a version is run. None is derived from the bundle and from what is measured at loading."""
-
-    target_s: float | None = None
-    """Latency the scheduler aims at; else the bundle's latency_p99_s, else 1 s."""
-    n_instances: int | None = None
-    n_threads: int = 1
-    """Of one run."""
-    max_batch_size: int = 64
-    max_queued_rows: int = 100_000
-    batch_sizes: tuple[int, ...] | None = None
-    """Batches are padded to one of these; None where any size will do."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A version that has passed its golden cases on this machine."""
-
-    name: str
-    version: int
-    signature: Signature
-    executor: Executor
-    target_s: float
-    example: Mapping[str, Any]
-    """The first golden case as a row that a client could send."""
-    load_s: float
-    _codecs: dict[Any, Any] = field(default_factory=dict)
-
-    def codec(self, kind: Callable[[Signature], T]) -> T:
-        """Return the one `kind` made for this signature; protocols keep what they prepare for a version here."""
-        codec: T | None = self._codecs.get(kind)
-        if codec is None:
-            codec = self._codecs[kind] = kind(self.signature)
-        return codec
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is known of one version; `loaded` is there exactly when it is ready or draining."""
-
-    name: str
-    version: int
-    state: State
-    reason: str = ""
-    loaded: Loaded | None = None
+_TRITON_STATES = {
+    "loading": "LOADING",
+    "ready": "READY",
+    "failed": "UNAVAILABLE",
+    "draining": "UNLOADING",
+    "unloaded": "UNAVAILABLE",
+}
 
 
 def choose(store: Store, wanted: Iterable[str] = ()) -> tuple[Pick, ...]:
@@ -96,99 +61,206 @@ def choose(store: Store, wanted: Iterable[str] = ()) -> tuple[Pick, ...]:
     return tuple(dict.fromkeys(picks))
 
 
-def load(
-    store: Store, pick: Pick, settings: ModelSettings = ModelSettings(), *, allow_domains: Iterable[str] = ()
-) -> Loaded:
-    """Fetch, verify and load a version and run its golden cases; blocks.
-
-    Raises:
-        BundleError, StoreError: why this version must not, or cannot, be served.
-    """
-    start_s = time.perf_counter()
-    bundle = read_bundle(store.fetch(pick.name, pick.version), allow_domains=allow_domains)
-    engine = open_engine(bundle, n_threads=settings.n_threads)
-    cases, signature = bundle.cases(), bundle.signature
-    target_s = settings.target_s or (bundle.manifest.targets.latency_p99_s or 1.0)
-    row_s = measure_row_s(engine, cases, signature)
-    specs = (*signature.inputs, *signature.outputs)
-    batches = bundle.manifest.rows_independent and all(spec.batched for spec in specs)
-    max_batch_size = settings.max_batch_size if batches else 1
-    executor = Executor(
-        engine,
-        Packer(signature),
-        Scheduler(
-            Policy(
-                target_s=target_s,
-                n_instances=settings.n_instances or 1,
-                max_batch_size=max_batch_size,
-                max_queued_rows=settings.max_queued_rows,
-            ),
-            LatencyModel(max_batch_size, guess_row_s=row_s),
-        ),
-        name=f"{pick.name} version {pick.version}",
-        max_batch_size=max_batch_size,
-        splittable=batches,
-    )
-    example = example_row(cases.inputs, signature)
-    return Loaded(pick.name, pick.version, signature, executor, target_s, example, time.perf_counter() - start_s)
-
-
-def measure_row_s(engine: Engine, cases: CaseSet, signature: Signature, n_runs: int = 5) -> float:
-    """Return the median seconds the first golden case takes alone."""
-    row = {
-        spec.name: cases.inputs[spec.name][:1] if spec.batched else cases.inputs[spec.name] for spec in signature.inputs
-    }
-    times_s = []
-    for _ in range(n_runs):
-        start_s = time.perf_counter()
-        engine.run(row)
-        times_s.append(time.perf_counter() - start_s)
-    return statistics.median(times_s)
+def policies_of(wanted: Iterable[str]) -> dict[str, VersionPolicy]:
+    """Return the policy of each model that is `wanted`, NAME[=VERSION|TAG]; versions and tags of one name add up."""
+    refs: dict[str, list[Ref]] = {}
+    for text in wanted:
+        name, _, ref = text.partition("=")
+        refs.setdefault(name, []).append(int(ref) if ref.isdigit() else ref)
+    return {name: VersionPolicy(refs=tuple(found)) if any(found) else VersionPolicy() for name, found in refs.items()}
 
 
 class Repository:
     """The table of what is served. Belongs to the event loop; loading itself happens on another thread."""
 
-    def __init__(self, picks: Iterable[Pick]) -> None:
-        self._entries = {(pick.name, pick.version): Entry(pick.name, pick.version, "loading") for pick in picks}
-        self._ready: dict[tuple[str, str | None, str | None], Loaded] = {}
+    def __init__(
+        self,
+        picks: Iterable[Pick],
+        *,
+        library: Library | None = None,
+        lazy: bool = False,
+        memory_budget_bytes: int | None = None,
+        traffic: Mapping[str, Traffic] | None = None,
+        log: Callable[[str], None] | None = None,
+        on_unload: Callable[[str, int, str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            picks: what is served as long as the store has not been looked at; the first of a name is its default.
+            library: the store and the policies that say what is served; None: the picks, for ever.
+            lazy: a version is loaded when it is first asked for; pinned ones are loaded at the start all the same.
+            memory_budget_bytes: for the models of this process.
+            traffic: splits and shadows to begin with, by model.
+            log: told in one line what changed after the start.
+            on_unload: told name, version and cause ("requested", "replaced", "evicted") when a version has left memory.
+        """
+        self._on_unload = on_unload
+        self._on_change: Callable[[Entry], None] = _nobody
+        self._table: dict[tuple[str, str | None, str | None], Loaded | Fork] = {}
+        self._keeper = Keeper(
+            picks,
+            self,
+            library=library,
+            lazy=lazy,
+            memory_budget_bytes=memory_budget_bytes,
+            log=log or _to_stderr,
+        )
+        self._models = self._keeper.models
+        for name, shared in (traffic or {}).items():
+            if name in self._models:
+                self._models[name].share(shared)
+        self._waiting = WaitingRoom(self._keeper.expected_load_s)
         self._draining = False
 
     async def load_all(
         self, load_one: Callable[[Pick], Loaded], pool: Pool, on_change: Callable[[Entry], None]
     ) -> None:
-        """Load every version, one after the other; one that cannot be loaded is marked failed and the others go on."""
-        loop = asyncio.get_running_loop()
-        for key, entry in self._entries.items():
+        """Load every version, one after the other; one that cannot be loaded is marked failed and the others go on.
+
+        Args:
+            load_one: loads a version; called on `pool`, which has one thread (`loader_pool`).
+            on_change: told of each version that becomes ready, before the first request meets it, or fails; later ones too.
+        """
+        self._on_change = on_change
+        await self._keeper.start(load_one, pool)
+
+    # Requests.
+
+    def pick(self, name: str, version: str | None = None, label: str | None = None, key: bytes = b"") -> Loaded:
+        """Return the version that answers this request.
+
+        Args:
+            key: requests with the same one meet the same version while traffic is split.
+
+        Raises:
+            UnknownModel: there is no such model, version or label.
+            Cold: it is not in memory yet; `when_ready` has it loaded and waits.
+            NotReady: with the reason.
+        """
+        found = self._table.get((name, version, label))
+        if found.__class__ is not Loaded:
+            found = self._find(name, version, label, key)
+        found.touched = True
+        return found
+
+    def _find(self, name: str, version: str | None, label: str | None, key: bytes) -> Loaded:
+        """The same for what does not stand in the table, or is a fork there."""
+        model = self._model(name)
+        if model.fork is not None and version is None and label is None:
+            self._table[name, version, label] = model.fork
+            return self._of_fork(model, model.fork, key)
+        loaded = self._table[name, version, label] = self._answering(self.entry(name, version, label))
+        return loaded
+
+    def _of_fork(self, model: ServedModel, fork: Fork, key: bytes) -> Loaded:
+        """Return the version whose turn it is; the default one where it cannot answer."""
+        version = fork.split.choose(key)
+        loaded = self._keeper.memory.resident.get((model.name, version))
+        if loaded is None:
+            entry = self._entry(model, version)
+            loaded = self._answering(entry if entry.on_demand else self.entry(model.name))
+        fork.counts[loaded.version] = fork.counts.get(loaded.version, 0) + 1
+        metrics = loaded.executor.metrics
+        if metrics is not None:
+            metrics.split()
+        return loaded
+
+    def when_ready(
+        self,
+        cold: Cold,
+        deadline_s: float,
+        then: Callable[[Loaded], None],
+        otherwise: Callable[[Exception], None],
+    ) -> Callable[[], object]:
+        """Have a cold version loaded, and call `then` with it when it is; return what ends the wait without either.
+
+        Many may wait for one load, which goes on when the last of them has given up.
+
+        Args:
+            deadline_s: on the clock of time.perf_counter(); `otherwise` is then called with DeadlineExceeded.
+            otherwise: called with NotReady when the version cannot be loaded, Overloaded when too many wait already.
+        """
+        key: Key = (cold.name, cold.version)
+        loaded = self._keeper.memory.resident.get(key)
+        if loaded is not None:
+            then(loaded)
+            return _nothing
+        leave = self._waiting.enter(key, deadline_s, then, otherwise)
+        self._keeper.memory.want(key, urgent=True)
+        return leave
+
+    async def ready_one(
+        self,
+        name: str,
+        version: str | None = None,
+        label: str | None = None,
+        key: bytes = b"",
+        within_s: float = COLD_PATIENCE_S,
+    ) -> Loaded:
+        """Return what `pick` would, having waited for a cold version; raises as `pick` and `when_ready` do."""
+        try:
+            return self.pick(name, version, label, key)
+        except Cold as cold:
+            future: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
+            leave = self.when_ready(cold, perf_counter() + within_s, future.set_result, future.set_exception)
             try:
-                loaded = await loop.run_in_executor(pool, load_one, Pick(entry.name, entry.version))
-            except (ModelyardError, OSError) as exc:
-                entry = Entry(entry.name, entry.version, "failed", reason=str(exc))
-            else:
-                entry = Entry(entry.name, entry.version, "ready", loaded=loaded)
-            self._entries[key] = entry
-            on_change(entry)
+                return await future
+            finally:
+                leave()
+
+    # What there is.
 
     @property
     def ready(self) -> bool:
-        """Nothing is loading, something can be served, and the server is not draining."""
-        states = {entry.state for entry in self._entries.values()}
-        return not self._draining and "loading" not in states and "ready" in states
+        """The first loads are done, something can be served, and the server is not draining."""
+        return (
+            self._keeper.started
+            and not self._draining
+            and any(
+                self._entry(model, model.default).answers
+                for model in self._models.values()
+                if not model.is_off and model.default is not None
+            )
+        )
+
+    @property
+    def trouble(self) -> str:
+        """Why the store cannot be read at present, "" where it can; what is loaded keeps answering."""
+        return self._keeper.trouble
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the models in memory take."""
+        return self._keeper.memory.used_bytes
 
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for name, _ in self._entries))
+        return tuple(name for name, model in self._models.items() if not model.is_off)
 
     def entries(self, name: str) -> tuple[Entry, ...]:
         """Return all versions of a model, the one served by default first; raises UnknownModel."""
-        found = tuple(entry for entry in self._entries.values() if entry.name == name)
+        model = self._model(name)
+        found = tuple(self._entry(model, version) for version in model.needed())
         if not found:
-            known = ", ".join(self.names()[:20])
-            raise UnknownModel(f"no model {name[:200]!r} is served here; there are: {known}", name=name)
+            missing = ", ".join(map(str, model.wanted.missing)) or "version"
+            raise NotReady(
+                f"model {name!r} has nothing to serve: the store has no {missing} of it; publish or tag one",
+                retry=False,
+            )
         return found
 
     def entry(self, name: str, version: str | None = None, label: str | None = None) -> Entry:
         """Return one version, the default one for None; raises UnknownModel."""
         found = self.entries(name)
+        if label is not None:
+            labels = self.labels(name)
+            if label not in labels:
+                known = ", ".join(labels) or "none"
+                raise UnknownModel(
+                    f"no served version of model {name!r} has the label {label[:40]!r}; there are the labels {known}",
+                    name=name,
+                    label=label,
+                )
+            return self._entry(self._models[name], labels[label])
         if version is None:
             return found[0]
         for entry in found:
@@ -202,40 +274,128 @@ class Repository:
         )
 
     def signature(self, entry: Entry) -> Signature:
-        return self._loaded(entry).signature
+        """Return the inputs and outputs of a version that is, or was, in memory; raises Cold or NotReady for others."""
+        known = self._keeper.signatures.get((entry.name, entry.version))
+        return known if known is not None and entry.on_demand else self._answering(entry).signature
 
-    def pick(self, name: str, version: str | None = None, label: str | None = None, key: bytes = b"") -> Loaded:
-        """Return the version that answers this request; raises UnknownModel, or NotReady with the reason."""
-        loaded = self._ready.get((name, version, label))
-        if loaded is None:
-            loaded = self._ready[name, version, label] = self._loaded(self.entry(name, version, label))
-        return loaded
+    def labels(self, name: str) -> Mapping[str, int]:
+        """Return label → the version it means now; raises UnknownModel."""
+        return {label: version for label, version in self._model(name).routes.items() if label}
 
-    def _loaded(self, entry: Entry) -> Loaded:
-        if entry.loaded is None:
-            if entry.state == "failed":
-                raise NotReady(
-                    f"model {entry.name!r} version {entry.version} failed to load and will not become ready by itself: {entry.reason}",
-                    retry=False,
-                )
-            raise NotReady(f"model {entry.name!r} version {entry.version} is {entry.state}; try again later")
-        return entry.loaded
+    def index(self, *, only_ready: bool = False) -> list[Json]:
+        """Return every version in the store and its state, in the words of the repository extension."""
+        found = []
+        for model in self._models.values():
+            listed = () if model.listing is None else model.listing.versions
+            for version in sorted({*listed, *model.needed(), *self._keeper.in_memory(model.name)}):
+                entry = self._entry(model, version)
+                if entry.state != "ready" and only_ready:
+                    continue
+                reason = entry.reason
+                if entry.state == "unloaded":
+                    reason = "is loaded with its first request" if entry.on_demand else "is not served"
+                one = {"name": model.name, "version": str(version), "state": _TRITON_STATES[entry.state]}
+                found.append(one | ({"reason": reason} if reason else {}))
+        return found
 
     def observe(self) -> None:
-        """Show what the schedulers believe in the metrics; called about once a second."""
-        for entry in self._entries.values():
-            if entry.loaded is not None:
-                entry.loaded.executor.observe()
+        """Show in the metrics what the schedulers believe, and keep within the memory budget; called about once a second."""
+        memory = self._keeper.memory
+        for loaded in memory.resident.values():
+            loaded.executor.observe()
+        for model in self._models.values():
+            self._show_shadow(model)
+        memory.note_use()
+        memory.shrink()
+
+    def _show_shadow(self, model: ServedModel) -> None:
+        """Bring the metrics up to what the shadow's thread has counted."""
+        if model.traffic.shadow is None or model.default is None:
+            return
+        default = self._keeper.memory.resident.get((model.name, model.default))
+        metrics = None if default is None else default.executor.metrics
+        if metrics is not None:
+            for outcome, n in model.shadow_counts.news():
+                for _ in range(n):
+                    metrics.shadowed(str(model.traffic.shadow), outcome)
+
+    def _model(self, name: str) -> ServedModel:
+        model = self._models.get(name)
+        if model is None or model.is_off:
+            known = ", ".join(self.names()[:20]) or "none"
+            off = "; it was unloaded: load it with POST /v2/repository/models/NAME/load" if model is not None else ""
+            raise UnknownModel(f"no model {name[:200]!r} is served here; there are: {known}{off}", name=name)
+        return model
+
+    def _entry(self, model: ServedModel, version: int) -> Entry:
+        entry = self._keeper.entry(model, version)
+        if self._draining and entry.loaded is not None:
+            return Entry(entry.name, entry.version, "draining", loaded=entry.loaded)
+        return entry
+
+    def _answering(self, entry: Entry) -> Loaded:
+        """Return the version in memory that an entry stands for; raises Cold or NotReady where there is none."""
+        name, version = entry.name, entry.version
+        if entry.loaded is not None and (entry.state == "ready" or self._draining):
+            return entry.loaded
+        if entry.state == "failed":
+            raise not_ready(name, version, self._models[name].failures[version])
+        if self._draining:
+            raise NotReady(f"model {name!r} version {version} is not in memory and the server is draining; ask another")
+        where = "loading" if entry.state == "loading" else "not in memory"
+        raise Cold(
+            f"model {name!r} version {version} is {where}; try again later",
+            name=name,
+            version=version,
+            retry_after_s=self._keeper.expected_load_s((name, version)),
+        )
+
+    # Changes.
+
+    async def apply(self, command: Json) -> Json:
+        """Obey a command (commands.py) and return the answer."""
+        return await commands.obey(self._keeper, command)
+
+    async def watch(self, every_s: float, broadcast: Broadcast) -> None:
+        """Look at the store every so many seconds, for ever; one worker of a server does it for all."""
+        await commands.watch(self._keeper, every_s, broadcast)
 
     def drain(self) -> None:
         """Report everything as draining from now on; what is loaded goes on answering."""
         self._draining = True
-        self._entries = {
-            key: Entry(entry.name, entry.version, "draining", loaded=entry.loaded) if entry.loaded else entry
-            for key, entry in self._entries.items()
-        }
+        self._keeper.frozen = True
 
     def close(self) -> None:
-        for entry in self._entries.values():
-            if entry.loaded is not None:
-                entry.loaded.executor.close()
+        """Free everything; nothing may be asked any more."""
+        self._keeper.close()
+
+    # From keeper.py.
+
+    def before_ready(self, entry: Entry) -> None:
+        self._on_change(entry)
+
+    def ready_now(self, key: Key, loaded: Loaded) -> None:
+        self._waiting.ready(key, loaded)
+
+    def failed(self, entry: Entry, error: NotReady) -> None:
+        self._on_change(entry)
+        self._waiting.failed((entry.name, entry.version), error)
+
+    def freed(self, key: Key, cause: str) -> None:
+        if self._on_unload is not None:
+            self._on_unload(*key, cause)
+
+    def changed(self) -> None:
+        self._table.clear()
+
+
+def _nobody(entry: Entry) -> None:
+    """Nobody has asked to be told."""
+
+
+def _nothing() -> Any:
+    """Ends a wait that never began."""
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")

@@ -118,7 +118,7 @@ class _OneTensor:
     """The only input of a signature, a tensor of numbers of fixed size with one axis per row."""
 
     def __init__(self, spec: TensorSpec) -> None:
-        self._takes = spec.batched and len(spec.shape) == 2 and isinstance(spec.shape[1], int)
+        self._takes = spec.batched and len(spec.shape) == 2 and isinstance(spec.shape[1], int) and spec.shape[1] > 0
         self._size = spec.shape[1] if self._takes else 0
         packer = value_packer(spec, int(self._size)) if self._takes else None
         if packer is None:
@@ -221,4 +221,6 @@ def _decoder(key: str, kind: Any) -> "msgspec.json.Decoder[Any]":
 
 
 def _is_column(spec: TensorSpec) -> bool:
-    return spec.batched and len(spec.shape) == 1 and spec.datatype != "BF16"
+    """Whether it has one value per row, of a type the decoder knows, under a name the decoder takes."""
+    plain_name = orjson.dumps(spec.name) == b'"%b"' % spec.name.encode()
+    return spec.batched and len(spec.shape) == 1 and spec.datatype != "BF16" and plain_name

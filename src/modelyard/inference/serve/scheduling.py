@@ -6,7 +6,7 @@ each with `now_s`) and ask it to `decide`. It knows no clock, no thread and no s
     l(b)   latency_model.py: a high quantile of the seconds that a batch of b rows takes
     lam    arrivals.py: smoothed arrival rate, rows per second, plus one standard deviation
     bmax   a full batch: the largest b with l(b) * (1 + 1/n) <= target, which leaves time to wait for one of n instances
-    b*     rows worth waiting for: the smallest b that keeps the instances under 75 % busy at lam, if that many can be
+    b*     rows worth waiting for: the smallest b that keeps the instances under 85 % busy at lam, if that many can be
            gathered in time; 1 with one instance, and where a full batch gains too little over rows run one by one
     admit  predicted start + l(b*) <= deadline, else the caller is told at once, and when to come back
     run    in order of deadline what fits before the first, when there are b* rows or waiting longer would be too late
@@ -82,7 +82,7 @@ class Policy:
     max_queued_rows: int = 10_000
     reply_s: float = 0.0
     """What writing an answer costs after the computation; taken off every deadline."""
-    utilization: float = 0.75
+    utilization: float = 0.85
     """How busy instances may be before larger batches are waited for."""
     batching_gain: float = 1.1
     """Where a full batch is less than so many times faster than its rows one by one, batches stay as small as will do."""
@@ -548,7 +548,10 @@ class Scheduler:
         if n_rows <= largest:
             padded_to, service_s = self._padded[n_rows], lane.l_s[n_rows]
         else:
-            padded_to, service_s = n_rows // largest * largest + self._padded[n_rows % largest], self._service_s(lane, n_rows)
+            padded_to, service_s = (
+                n_rows // largest * largest + self._padded[n_rows % largest],
+                self._service_s(lane, n_rows),
+            )
         end_s = now_s + service_s
         batch = Batch(jobs, n_rows, padded_to, lane.bucket, reason, now_s, end_s, deadline_s - self._reply_s)
         self._n_free -= 1

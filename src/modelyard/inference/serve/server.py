@@ -30,6 +30,10 @@ class ServerSettings:
     """Share of requests whose trace is sent by OpenTelemetry; None sends none."""
     triton_metrics: bool = False
     """Add the same numbers under Triton's names."""
+    poll_s: float = 10.0
+    """Seconds between two looks at the store; 0 never looks again."""
+    command_timeout_s: float = 600.0
+    """How long the workers may take over a command such as loading a model."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     processes: SupervisorSettings = field(default_factory=SupervisorSettings)
 

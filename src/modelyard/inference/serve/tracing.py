@@ -52,6 +52,7 @@ class Tracer:
             raise ConfigError(f"--trace-sample must be in [0, 1], got {sample:g}; 0.01 traces one request in a hundred")
         self._make_exporter = exporter or _otlp_exporter
         self._sample = sample
+        self._samples: dict[str, float] = {}
         self._chance = chance
         self._backlog: Backlog[Timeline] = Backlog(
             "tracer", self._send_pending, max_pending=max_pending, gather_s=0.5, hurry_at=128
@@ -81,11 +82,19 @@ class Tracer:
             raise MissingExtra("opentelemetry-sdk", "otel", "tracing") from exc
         self._backlog.start()
 
-    def wanted(self, traceparent: bytes) -> bool:
+    def wanted(self, traceparent: bytes, model: str = "") -> bool:
         """Say whether to trace a request; asked once per request, before its `Timeline` is made."""
         if len(traceparent) >= _TRACEPARENT_BYTES:
             return traceparent[_TRACEPARENT_BYTES - 1] in _SAMPLED
-        return self._chance() < self._sample
+        sample = self._samples.get(model, self._sample) if self._samples else self._sample
+        return self._chance() < sample
+
+    def set_sample(self, sample: float, model: str | None = None) -> None:
+        """Take this share from now on: of a model's requests, or of those of all models without a share of their own."""
+        if model is None:
+            self._sample = sample
+        else:
+            self._samples[model] = sample
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Send what is pending, for as long as `timeout_s`; a collector that hangs is left behind."""
