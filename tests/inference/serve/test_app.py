@@ -91,19 +91,30 @@ def test_a_bug_is_500_without_internals_and_its_traceback_goes_to_stderr(
     assert "KeyError: 'y'" in logged
 
 
-def test_a_model_that_is_loading_is_503_and_says_when_to_come_back() -> None:
-    async def ask() -> Response | None:
+def test_a_request_for_a_model_that_is_loading_waits_for_it() -> None:
+    async def ask() -> Response:
         repository = Repository([Pick("m", 1)])
-        assert not repository.ready
-        request = Asked()
-        app_of(repository)(request)
-        return request.response
+        asked = Asked()
+        app = app_of(repository)
 
-    response = asyncio.run(ask())
-    assert response is not None
-    assert response.status == 503
-    assert (b"Retry-After", b"1") in response.headers
-    assert b"loading" in response.body
+        def load_one(pick: Pick) -> Loaded:
+            asyncio.run_coroutine_threadsafe(send(), loop).result()  # while it loads
+            return loaded(1e-6)
+
+        async def send() -> None:
+            app(asked)
+            assert asked.response is None
+            assert not repository.ready
+
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1) as pool:
+            await repository.load_all(load_one, pool, lambda entry: None)
+        await asked.answered.wait()
+        repository.close()
+        assert asked.response is not None
+        return asked.response
+
+    assert asyncio.run(ask()).status == 500  # by the model's bug: it has been asked
 
 
 def test_a_model_that_failed_to_load_is_503_with_the_reason_and_no_time_to_come_back() -> None:

@@ -208,10 +208,10 @@ def test_the_access_log_has_a_json_line_per_request(store: Path, serve: Any) -> 
         server.terminate()
         assert server.process.wait(timeout=60) == 0
         lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+    assert {(line["method"], line["path"], line["status"]) for line in lines} == {  # of several workers, in any order
         ("GET", "/v2/health/live", 200),
         ("GET", "/nowhere", 404),
-    ]
+    }
     assert all(line["request_id"] and line["duration_s"] >= 0 for line in lines)
 
 

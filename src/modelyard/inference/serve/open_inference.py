@@ -36,6 +36,7 @@ from modelyard.inference.serve.tensors import (
 )
 
 EXTENSIONS = ("binary_tensor_data", "classification", "parameters", "schedule_policy")
+"""Those of this file; others come with other routes."""
 _JSON_LENGTH = b"inference-header-content-length"
 _MAX_KNOWN_HEADERS, _MAX_KNOWN_HEADER_BYTES = 256, 4096
 
@@ -387,15 +388,15 @@ def _refuse_shared_memory(parameters: Mapping[str, Any], what: str) -> None:
         raise RequestError(f"{what}: shared memory is not offered; send the data in the request")
 
 
-def routes(front: Front, repository: Repository) -> Iterable[Route]:
-    """Return the protocol's routes over the models of `repository`."""
+def routes(front: Front, repository: Repository, extensions: Sequence[str] = EXTENSIONS) -> Iterable[Route]:
+    """Return the protocol's routes over the models of `repository`; `extensions` are those the server has in all."""
     adapter = Infer()
 
     def infer(request: Request, model: str, version: str | None = None) -> None:
         front.ask(request, terms_of(request.head), adapter, model, version)
 
     def server(request: Request) -> Response:
-        return json_response({"name": "modelyard", "version": __version__, "extensions": EXTENSIONS})
+        return json_response({"name": "modelyard", "version": __version__, "extensions": extensions})
 
     def live(request: Request) -> Response:
         return json_response({"live": True})

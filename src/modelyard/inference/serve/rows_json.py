@@ -48,7 +48,6 @@ class RowWriter:
 
     def __init__(self, signature: Signature) -> None:
         self._outputs = signature.outputs
-        self._columnar = _ColumnarRows(signature)
         self._quick = {spec.name: _LabelledTemplate(spec) for spec in signature.outputs if spec.labels}
         self._names = [orjson.dumps(spec.name) for spec in signature.outputs]
 
@@ -63,9 +62,21 @@ class RowWriter:
             return rows
         return rows[call.first_row : call.first_row + call.n_rows]
 
-    def tensors(self, call: Call, name: str) -> Sequence[bytes]:
-        """Return one JSON text per row of one output, as a plain tensor."""
-        return self._columnar.rows(call, name)
+    def tensors(self, call: Call, *, one: bool) -> list[bytes]:
+        """Return the JSON text of each output as a plain tensor; `one`: of a single row, without its batch axis."""
+        return [self._tensor(call, spec, one=one) for spec in self._outputs]
+
+    def _tensor(self, call: Call, spec: TensorSpec, *, one: bool) -> bytes:
+        run = call.run
+        assert run is not None
+        key = (self, spec.name)
+        rows: list[bytes] | None = run.scratch.get(key)
+        if rows is None:
+            array = run.outputs[spec.name]
+            rows = run.scratch[key] = tensor_rows(array if spec.batched else array[np.newaxis], spec)
+        if one or not spec.batched:
+            return rows[call.first_row if spec.batched else 0]
+        return b"[%b]" % b",".join(rows[call.first_row : call.first_row + call.n_rows])
 
     def _rows(self, run: Run) -> list[bytes]:
         columns = [self._column(run.outputs[spec.name], spec, run.n_rows) for spec in self._outputs]
@@ -76,29 +87,13 @@ class RowWriter:
 
     def _column(self, array: NDArray[Any], spec: TensorSpec, n_rows: int) -> list[bytes]:
         if not spec.batched:
-            return [_dump(array, spec)] * n_rows
+            return tensor_rows(array[np.newaxis], spec) * n_rows
         labelled = self._quick.get(spec.name)
         if labelled is not None and array.shape[1:] == (labelled.n_labels,) and array.dtype.kind not in "OUS":
             return labelled.rows(array, spec)
         if array.shape[1:] == (1,):
             array = array.reshape(len(array))
         return tensor_rows(array, spec, empty_is_null=spec.nullable and array.ndim == 1)
-
-
-class _ColumnarRows:
-    """Rows of single outputs as plain tensors, made once per run and output."""
-
-    def __init__(self, signature: Signature) -> None:
-        self._specs = {spec.name: spec for spec in signature.outputs}
-
-    def rows(self, call: Call, name: str) -> Sequence[bytes]:
-        run, spec = call.run, self._specs[name]
-        assert run is not None
-        key = (self, name)
-        rows: list[bytes] | None = run.scratch.get(key)
-        if rows is None:
-            rows = run.scratch[key] = tensor_rows(run.outputs[name], spec)
-        return rows[call.first_row : call.first_row + call.n_rows]
 
 
 class _LabelledTemplate:
@@ -209,10 +204,6 @@ def tensor_rows(array: NDArray[Any], spec: TensorSpec, *, empty_is_null: bool = 
     if array.ndim == 2 and array.shape[1]:
         return [b"[%b]" % row for row in text[2:-2].split(b"],[")]
     return [orjson.dumps(np.ascontiguousarray(row), option=orjson.OPT_SERIALIZE_NUMPY) for row in array]
-
-
-def _dump(array: NDArray[Any], spec: TensorSpec) -> bytes:
-    return tensor_rows(array.reshape(1, *array.shape), spec)[0]
 
 
 def _decoder(key: str, kind: Any) -> "msgspec.json.Decoder[Any]":

@@ -46,6 +46,7 @@ _INFLATE = 1.1
 _HICCUP = 2.0
 """A batch that took so many times what was expected tells the guard nothing: more caution would not have saved it."""
 _NEARLY = 0.98
+"""A batch that serves this part of the most rows per second there are is as good as the best."""
 _PROBE_EVERY = 64
 """Where batching gains nothing, one batch in so many is a larger one, to notice when that has changed."""
 _EXPIRY_SLACK_S = 1e-3

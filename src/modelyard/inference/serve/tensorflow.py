@@ -13,7 +13,7 @@ without one; NaN in answers is null, since JSON has no NaN.
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,6 @@ class Codec:
         self.packer = Packer(signature)
         self.quick = QuickReader(signature)
         self.writer = RowWriter(signature)
-        self.output_names = [spec.name for spec in signature.outputs]
         self.tensor_names = [_tensor_name(spec) for spec in signature.outputs]
 
 
@@ -100,8 +99,7 @@ class Predict(HttpAdapter):
         writer = codec.writer
         if call.form is _ROWS:
             return Response(200, b'{"predictions":[%b]}' % b",".join(writer.predictions(call)))
-        one = call.form is _ONE_ROW
-        tensors = [_tensor(writer.tensors(call, name), one=one) for name in codec.output_names]
+        tensors = writer.tensors(call, one=call.form is _ONE_ROW)
         if len(tensors) == 1:
             return Response(200, b'{"outputs":%b}' % tensors[0])
         named = [b"%b:%b" % pair for pair in zip(codec.tensor_names, tensors, strict=True)]
@@ -271,10 +269,6 @@ def _unwrapped(value: Any) -> Any:
         return base64.b64decode(value["b64"], validate=True).decode()
     except (TypeError, ValueError) as exc:  # not a text, not ASCII, not base64, not UTF-8
         raise RequestError(f"b64 must be the base64 of UTF-8 text, got {value['b64']!r:.60} ({exc})") from exc
-
-
-def _tensor(rows: Sequence[bytes], *, one: bool) -> bytes:
-    return rows[0] if one else b"[%b]" % b",".join(rows)
 
 
 def _tensor_name(spec: TensorSpec) -> bytes:

@@ -47,6 +47,7 @@ _OPERATIONS = (
     *operations.REPOSITORY,
     *operations.MONITORING,
 )
+_EXTENSIONS = (*open_inference.EXTENSIONS, *statistics_api.EXTENSIONS, repository_api.EXTENSION)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Worker:
         repository = self._repository
         return [
             *statistics_api.routes(repository, self._metrics.snapshot, self._log, self._trace, self._broadcast),
-            *open_inference.routes(front, repository),
+            *open_inference.routes(front, repository, _EXTENSIONS),
             *tensorflow.routes(front, repository),
             *repository_api.routes(repository, self._broadcast),
             *monitoring.routes(self._metrics),
