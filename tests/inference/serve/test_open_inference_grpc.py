@@ -3,6 +3,7 @@
 import asyncio
 import json
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,3 +390,42 @@ def test_many_clients_at_once(server: CallServer, small_models: SmallModels) -> 
     for thread in threads:
         thread.join()
     assert not failures, failures[0]
+
+
+class TestServe:
+    """`modelyard serve --grpc-port`, as a user would start it."""
+
+    def free_port(self) -> int:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port: int = taken.getsockname()[1]
+            return port
+
+    def test_workers_share_the_port_and_sigterm_ends_in_flight_calls_well(
+        self, store: Path, serve: Any, small_models: SmallModels
+    ) -> None:
+        port = self.free_port()
+        small = small_models["tabular"]
+        with serve(store, "--grpc-port", str(port), "--workers", "2") as server:
+            clients = [
+                triton.InferenceServerClient(f"127.0.0.1:{port}", channel_args=[("grpc.use_local_subchannel_pool", 1)])
+                for _ in range(4)
+            ]
+            for client in clients:
+                assert_same(client.infer("tabular", inputs_of(small.rows), client_timeout=20), small.answer())
+            answers: queue.Queue[Any] = queue.Queue()
+            slow = inputs_of({"n_steps": np.array([1000], np.int64)})
+            for client in clients:
+                client.async_infer(
+                    "patient", slow, lambda result, error: answers.put((result, error)), client_timeout=20
+                )
+            stats = clients[0].get_inference_statistics("tabular", as_json=True)["model_stats"][0]
+            assert int(stats["inference_stats"]["success"]["count"]) == 4  # of both workers
+            server.terminate()
+            for _ in clients:
+                result, error = answers.get(timeout=20)
+                assert error is None, error
+                assert result.as_numpy("value").shape == (256, 256)
+            assert server.process.wait(20) == 0
+            for client in clients:
+                client.close()

@@ -33,6 +33,31 @@ _REFUSALS = {
 }
 
 
+class _UsualTime:
+    """What computing so many rows usually takes, hand-over and hiccups aside: a mean for each power of two."""
+
+    __slots__ = ("_seconds",)
+
+    def __init__(self, row_s: float) -> None:
+        self._seconds: list[float] = [row_s]
+
+    def seconds(self, n_rows: int) -> float:
+        """Return it; in proportion to the rows beyond what was seen."""
+        size = n_rows.bit_length() - 1
+        known = self._seconds
+        return known[size] if size < len(known) else known[-1] * (n_rows >> (len(known) - 1))
+
+    def learn(self, n_rows: int, compute_s: float) -> None:
+        size = n_rows.bit_length() - 1
+        known = self._seconds
+        while size >= len(known):
+            known.append(known[-1] * 2)
+        before_s = known[size]
+        known[size] = before_s + 0.1 * (
+            min(compute_s, 2 * before_s) - before_s
+        )  # a hiccup counts for no more than double
+
+
 class Executor:
     """Runs the calls of one version. Used from the event loop; `close` may be called from any thread, once."""
 
@@ -44,6 +69,7 @@ class Executor:
         *,
         name: str,
         max_batch_size: int,
+        row_s: float = 1e-3,
         splittable: bool = True,
         inline_below_s: float = INLINE_BELOW_S,
     ) -> None:
@@ -51,6 +77,7 @@ class Executor:
         Args:
             name: for messages and threads, e.g. "flights version 3".
             max_batch_size: rows of one run; a call of more is computed in several, where it is `splittable`.
+            row_s: what one row usually takes to compute, to begin with.
         """
         self._engine = engine
         self._packer = packer
@@ -59,6 +86,7 @@ class Executor:
         self._max_batch_size = max_batch_size
         self._splittable = splittable
         self._inline_below_s = inline_below_s
+        self._usual = _UsualTime(row_s)
         self.metrics: ModelMetrics | None = None
         """Where runs are counted; set before the first call."""
         self._lock = threading.Lock()  # held for the scheduler's decisions, by the loop and the instances' threads
@@ -117,6 +145,7 @@ class Executor:
             return
         with self._lock:
             scheduler = self.scheduler
+            scheduler.update(perf_counter())
             target = scheduler.target_batch
             latency = scheduler.latency_of()
             self.metrics.scheduling(
@@ -163,17 +192,15 @@ class Executor:
                 inbox.put(batch)
 
     def _is_short(self, batch: Batch) -> bool:
-        """Whether handing the batch to a thread would cost more than computing it: judged by what it usually takes."""
-        rows = min(batch.n_rows, self._max_batch_size)
-        usual_s = self.scheduler.latency_of(batch.bucket).mean_s(rows)
-        return usual_s * batch.n_rows <= self._inline_below_s * rows
+        """Whether handing the batch to a thread would cost more than computing it."""
+        return self._usual.seconds(batch.n_rows) <= self._inline_below_s
 
     def _run_here(self, batch: Batch) -> None:
         outcome = self._compute(batch)
         failed: Sequence[Any] = ()
         with self._lock:
             if isinstance(outcome, Run):
-                self.scheduler.finish(batch, outcome.computed_s, outcome.computed_s - outcome.started_s)
+                self.scheduler.finish(batch, outcome.computed_s, outcome.computed_s - batch.started_s)
             else:
                 failed = self.scheduler.fail(batch, perf_counter())
         self._settle(batch, outcome, failed)
@@ -181,6 +208,7 @@ class Executor:
     def _settle(self, batch: Batch, outcome: "Run | Exception", failed: Sequence[Any]) -> None:
         """Tell the callers."""
         if isinstance(outcome, Run):
+            self._usual.learn(outcome.n_rows, outcome.computed_s - outcome.started_s)
             first_row = 0
             for call in cast(Sequence[Call], batch.jobs):
                 call.run = outcome
@@ -261,7 +289,7 @@ class Executor:
         n_rows = batch.n_rows
         try:
             started_s = perf_counter()
-            inputs = self._packer.join(calls, n_rows, batch.padded_to or 0)
+            inputs = self._packer.join(calls, n_rows, batch.padded_to)
             for call in calls:
                 if call.unchecked:
                     if self._packer.holds_nan(inputs):
@@ -269,6 +297,8 @@ class Executor:
                     break
             in_parts = n_rows > self._max_batch_size and self._splittable
             outputs = self._run_in_parts(inputs, n_rows) if in_parts else self._engine.run(inputs)
+            if batch.padded_to > n_rows:
+                outputs = {name: array[:n_rows] for name, array in outputs.items()}
             return Run(outputs, n_rows, len(calls), batch.reason, started_s, perf_counter())
         except Exception as exc:  # noqa: BLE001  # goes to the caller whose rows they are, and to the log if it is a bug
             return exc
@@ -281,11 +311,17 @@ class Executor:
 
     def _run_in_parts(self, inputs: dict[str, NDArray[Any]], n_rows: int) -> dict[str, NDArray[Any]]:
         size = self._max_batch_size
+        n_missing = -n_rows % size if self.scheduler.policy.allowed_sizes else 0
+        if n_missing:  # the last part is padded too, where the graph takes certain sizes only
+            inputs = {
+                name: np.concatenate([array, np.repeat(array[-1:], n_missing, axis=0)])
+                for name, array in inputs.items()
+            }
         parts = [
             self._engine.run({name: array[i : i + size] for name, array in inputs.items()})
             for i in range(0, n_rows, size)
         ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: np.concatenate([part[name] for part in parts])[:n_rows] for name in parts[0]}
 
     def _new_instance(self) -> "SimpleQueue[Batch | None]":
         inbox: SimpleQueue[Batch | None] = SimpleQueue()
@@ -309,7 +345,7 @@ class Executor:
                 with self._lock:
                     now_s = perf_counter()
                     if isinstance(outcome, Run):
-                        self.scheduler.finish(batch, now_s, outcome.computed_s - outcome.started_s)
+                        self.scheduler.finish(batch, now_s, now_s - batch.started_s)
                     else:
                         failed = self.scheduler.fail(batch, now_s)
                     decision = self.scheduler.decide(now_s)

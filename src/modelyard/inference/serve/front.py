@@ -122,7 +122,10 @@ class Front:
             refusal = executor.refusal(1, since_s + budget_s, now_s)
             if refusal is not None:
                 raise refusal
-            call = adapter.read(asker, loaded)
+            try:
+                call = adapter.read(asker, loaded)
+            except RecursionError as exc:
+                raise RequestError("the body is nested too deeply; rows and tensors have a few levels at most") from exc
             call.asker = asker
             call.adapter = adapter
             call.loaded = loaded

@@ -18,6 +18,8 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
+
 from modelyard.errors import BodyTooLarge, ModelyardError, RequestError, UnsupportedEncoding
 from modelyard.inference.serve.compression import compressed, decompressed
 from modelyard.inference.serve.http2 import Http2Connection, Opener
@@ -101,13 +103,16 @@ class Streaming:
     start: "Callable[[StreamingCall], None]"
 
 
-@dataclass(frozen=True)
-class Answered:
+class Answered(msgspec.Struct, frozen=True):
     """One finished call, for the access log."""
 
-    call: "_Call"
+    call: Any
+    """A UnaryCall or StreamingCall, or what stands for one request of a stream."""
     status: Status
-    message: str
+    message: str = ""
+    request_bytes: int = 0
+    """Of the message, unpacked; 0 for a stream as a whole."""
+    response_bytes: int = 0
 
 
 class Plan:
@@ -353,12 +358,16 @@ class UnaryCall(_Call):
 
     def reply(self, message: bytes, metadata: Metadata = ()) -> None:
         """Answer; `metadata` goes into the headers. Nothing happens where the client is gone."""
+        if self.server_done:
+            return
         self.on_gone = None
         head = self._answer_head()
         if metadata:
             head += b"".join([literal(name, value) for name, value in metadata])
         self.answer(head, self._framed(message), _STATUS_OK)
-        self._log(Status.OK)
+        on_answered = self.plan.rpc.on_answered
+        if on_answered is not None:
+            on_answered(Answered(self, Status.OK, "", len(self.message), len(message)))
 
     def on_data(self, data: bytes, ended: bool) -> None:
         if ended and self._messages is None and len(data) >= _PREFIX.size:

@@ -185,7 +185,7 @@ class HttpConnection(asyncio.Protocol):
         self._n_messages = 0
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
-        self._parts: list[bytes] = []
+        self._body: bytes | bytearray = b""
         self._head_bytes = 0
         self._unparsed_head_bytes = 0
         self._body_bytes = 0
@@ -262,7 +262,7 @@ class HttpConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self._stopped:
             return
-        self._url, self._headers, self._parts = b"", {}, []
+        self._url, self._headers, self._body = b"", {}, b""
         self._head_bytes = self._unparsed_head_bytes = self._body_bytes = 0
         self._in_head = self._in_message = True
         self._arrived_s = self._shared.arrived_s()
@@ -300,14 +300,19 @@ class HttpConnection(asyncio.Protocol):
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.max_body_bytes:
             self._refuse_body()
-        else:
-            self._parts.append(body)
+        elif not self._body:
+            self._body = body
+        else:  # into one buffer: a list of parts would take many times the bytes of a body in tiny chunks
+            if isinstance(self._body, bytes):
+                self._body = bytearray(self._body)
+            self._body += body
 
     def on_message_complete(self) -> None:
         if self._stopped or self._parser.should_upgrade():
             return
         self._n_messages += 1
         self._in_message = False
+        self._arrived_s = self._shared.arrived_s()  # all of it: a slow upload is no reason to hurry
         path, query = _split(self._url)
         self._head = Head(
             self._parser.get_method().decode(),
@@ -317,9 +322,9 @@ class HttpConnection(asyncio.Protocol):
             keep_alive=self._parser.should_keep_alive(),
             old_http=self._parser.get_http_version() == "1.0",
         )
-        parts = self._parts
-        self._parts = []
-        self._received(self._head, parts[0] if len(parts) == 1 else b"".join(parts))
+        body = bytes(self._body)
+        self._body = b""
+        self._received(self._head, body)
 
     # Ours.
 
@@ -431,6 +436,7 @@ class HttpConnection(asyncio.Protocol):
         if self._in_message and not self._in_head:
             head = Head(self._parser.get_method().decode(), *_split(self._url), self._headers)
         self._stopped, self._in_message, self._in_head = True, False, False
+        self._body = b""
         self._deadline_s = _NEVER
         exchange = _Exchange(self, head, b"", self._arrived_s, close=True)
         exchange.linger = True

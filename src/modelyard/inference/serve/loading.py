@@ -41,6 +41,10 @@ _NICENESS = 10
 """Of the loader's thread: it has a tenth of a core's time where serving wants all of it, and never starves."""
 _MEASURE_S = 0.2
 _TARGET_S = 1.0
+_REPLY_S = 200e-6
+"""From the end of a run to its answer on the wire."""
+_TIMER_SLACK_S = 1e-3
+"""The event loop's timers count in milliseconds."""
 _TRIM_FROM_BYTES = 2**22
 """Smaller models leave too little behind to be worth looking for."""
 
@@ -196,6 +200,8 @@ def _loaded(
         n_instances=settings.n_instances,
         max_batch_size=max_batch_size,
         max_queued_rows=settings.max_queued_rows,
+        reply_s=min(_REPLY_S, settings.target_s / 20),
+        timer_slack_s=_TIMER_SLACK_S,
         allowed_sizes=sizes,
         priority_weights=settings.priority_weights,
     )
@@ -207,6 +213,7 @@ def _loaded(
         Scheduler(policy, LatencyModel(max_batch_size, profile, row_s), time.perf_counter()),
         name=f"{pick.name} version {pick.version}",
         max_batch_size=max_batch_size,
+        row_s=row_s,
         splittable=batches,
     )
     if bundle.size_bytes >= _TRIM_FROM_BYTES:

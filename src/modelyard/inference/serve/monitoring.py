@@ -57,6 +57,8 @@ def timeline_of_grpc(answered: "Answered", finished_s: float) -> Timeline:
         status=http_status_of(answered.status),
         arrived_s=call.arrived_s,
         finished_s=finished_s,
+        request_bytes=answered.request_bytes,
+        response_bytes=answered.response_bytes,
     )
 
 

@@ -331,10 +331,14 @@ def _read_outputs(
     if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
         raise RequestError(f"outputs must be a list of objects with a name, got {wanted!r:.60}")
     outputs = []
+    seen: set[str] = set()
     for output in wanted:
         name = output.get("name")
         if name not in names:
             raise RequestError(f"unknown output {name!r:.100}; this model gives {', '.join(names)}")
+        if name in seen:  # a short request could otherwise have an answer of any length
+            raise RequestError(f"output {name!r} is asked for twice; ask for it once")
+        seen.add(name)
         parameters = _parameters(output, f"output {name!r}")
         _refuse_shared_memory(parameters, f"output {name!r}")
         outputs.append(

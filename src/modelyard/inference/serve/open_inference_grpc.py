@@ -25,9 +25,19 @@ from modelyard.inference.serve.calls import Call, Terms, read_terms
 from modelyard.inference.serve.explain import timeline
 from modelyard.inference.serve.extensions_grpc import EXTENSIONS, Answer, Extensions
 from modelyard.inference.serve.front import Front, is_explained
-from modelyard.inference.serve.grpc import Metadata, Status, Streaming, StreamingCall, Unary, UnaryCall, status_of
+from modelyard.inference.serve.grpc import (
+    Answered,
+    Metadata,
+    Status,
+    Streaming,
+    StreamingCall,
+    Unary,
+    UnaryCall,
+    status_of,
+)
 from modelyard.inference.serve.grpc_standard import HEALTH, health, reflection
 from modelyard.inference.serve.infer_message import Codec, Outlines, field
+from modelyard.inference.serve.messages import Head
 from modelyard.inference.serve.protos import message, pool
 from modelyard.inference.serve.repository import Json, Loaded, Repository
 from modelyard.inference.serve.tensors import wire_shape
@@ -109,14 +119,25 @@ class StreamItem:
     def request_id(self) -> bytes:
         return self._stream.call.request_id
 
+    @property
+    def head(self) -> Head:
+        return self._stream.call.head
+
     def reply(self, data: bytes) -> None:
+        self._log(Status.OK, "", len(data))
         self._settle(field(_INFER_RESPONSE, data + self._stream.last))
 
     def fail(self, status: Status, message: str, metadata: Metadata = ()) -> None:
+        self._log(status, message, 0)
         if self._stream.real_errors:
             self._stream.break_off(status, message, metadata)
         else:
             self._settle(self._stream.error(message, self.form))
+
+    def _log(self, status: Status, message: str, n_bytes: int) -> None:
+        on_answered = self._stream.call.plan.rpc.on_answered
+        if on_answered is not None:
+            on_answered(Answered(self, status, message, len(self.message), n_bytes))
 
     def _settle(self, answer: bytes) -> None:
         self.on_gone = None

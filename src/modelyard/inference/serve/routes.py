@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from modelyard.errors import MethodNotAllowed, UnknownPath
 from modelyard.inference.serve.messages import Answer, Head
 
-_MAX_KNOWN = 4096
+_MAX_KNOWN, _MAX_KNOWN_LENGTH = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class Router:
             found = self._known.get(key)
             if found is None:
                 found = self._search(*key)
-                if len(self._known) >= _MAX_KNOWN:
-                    self._known.clear()
-                self._known[key] = found
+                if len(head.path) <= _MAX_KNOWN_LENGTH:  # a placeholder takes any text, and strangers may send long ones
+                    if len(self._known) >= _MAX_KNOWN:
+                        self._known.clear()
+                    self._known[key] = found
             head.route = found
         return found
 

@@ -21,6 +21,8 @@ from modelyard.inference.values import bfloat16_values
 
 _TYPES: dict[str, type] = {"BYTES": str, "BOOL": bool, "FP16": float, "FP32": float, "FP64": float}
 _NAN = float("nan")
+_UNFIT = (msgspec.DecodeError, UnicodeDecodeError, struct.error, OverflowError)
+"""What decoding and packing raise for a body that is not as usual."""
 
 
 class QuickReader:
@@ -129,7 +131,7 @@ class _OneTensor:
             return None
         try:
             return Call((self._pack(*self._row.decode(body).inputs),), 1)
-        except (msgspec.DecodeError, struct.error, OverflowError):  # the long way says what is wrong, if anything is
+        except _UNFIT:  # the long way says what is wrong, if anything is
             return None
 
     def instances(self, body: bytes) -> Call | None:
@@ -138,7 +140,7 @@ class _OneTensor:
         try:
             rows = self._rows.decode(body).instances
             return Call((b"".join([self._pack(*row) for row in rows]),), len(rows)) if rows else None
-        except (msgspec.DecodeError, struct.error, OverflowError):  # as above
+        except _UNFIT:  # as above
             return None
 
 
@@ -171,7 +173,7 @@ class _Columns:
         try:
             rows = self._decoder.decode(body).instances
             return Call(tuple([self._column(rows, *column) for column in self._columns]), len(rows)) if rows else None
-        except (msgspec.DecodeError, struct.error, OverflowError):  # as above
+        except _UNFIT:  # as above
             return None
 
     def _column(

@@ -277,7 +277,7 @@ def length_and_chunks(server: Server) -> None:
     "http.no-http",
     "SHOULD",
     "what is no HTTP is answered with 400, or with nothing, and the connection closed",
-    "RFC 9112, 2.2",
+    "RFC 9112, 3: “SHOULD respond with … a 400”",
 )
 def no_http(server: Server) -> None:
     with server.connect(SOON_S) as connection:

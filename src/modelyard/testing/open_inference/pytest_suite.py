@@ -41,6 +41,10 @@ class OpenInferenceTests:
             cls._server = Server(target)
         return cls._server
 
+    def test_known_failures_name_checks(self) -> None:
+        unknown = set(self.known_failures) - {check.id for check in CHECKS}
+        assert not unknown, f"there is no check {', '.join(sorted(unknown))}; see --list"
+
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
     def test_the_rule_holds(self, server: Server, check: Check) -> None:
         result = run_check(check, server)

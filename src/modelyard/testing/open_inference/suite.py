@@ -52,7 +52,7 @@ def run_check(check: Check, server: Server) -> Result:
     except (LookupError, TypeError, ValueError, AttributeError) as exc:  # an answer that no check foresaw
         if isinstance(exc, ConfigError):
             raise
-        reason = f"the answer has another form than expected: {exc!r}"
+        reason = f"the answer has a form that the check did not foresee, and breaks down over: {exc!r}"
     return Result(check, "fail", reason, tuple(server.exchanges[-N_EXCHANGES_TOLD:]) or server.base_exchanges)
 
 
