@@ -52,6 +52,8 @@ class RunConfig(Frozen, frozen=True):
     n_threads: NonNegative | None = None
     """0 takes every core."""
     max_batch_size: Positive | None = None
+    max_rows: Positive | None = None
+    """Of one request."""
     max_queued_rows: Positive | None = None
     batch_sizes: Annotated[tuple[Positive, ...], Meta(min_length=1)] | None = None
     priority_weights: Annotated[tuple[Annotated[float, Meta(gt=0)], ...], Meta(min_length=1)] | None = None

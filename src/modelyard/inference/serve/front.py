@@ -126,6 +126,11 @@ class Front:
                 call = adapter.read(asker, loaded)
             except RecursionError as exc:
                 raise RequestError("the body is nested too deeply; rows and tensors have a few levels at most") from exc
+            if call.n_rows > loaded.max_rows:
+                raise BodyTooLarge(
+                    f"{loaded.name}: at most {loaded.max_rows} rows per request, got {call.n_rows}; split the request, or raise max_rows "
+                    "in serve.toml"
+                )
             call.asker = asker
             call.adapter = adapter
             call.loaded = loaded

@@ -87,8 +87,7 @@ class Keeper:
         """Wanted, and in memory only when asked for: after an eviction, for want of room, or with `lazy`."""
         self._measured: dict[Key, tuple[int, float]] = {}
         """Bytes and seconds that a version took when it was last loaded."""
-        self.signatures: dict[Key, Signature] = {}
-        """Of every version that is or was in memory."""
+        self._signatures: dict[Key, Signature] = {}
         self._looking = asyncio.Lock()
         self._waiting: list[asyncio.Future[None]] = []
         self.started = False
@@ -136,6 +135,15 @@ class Keeper:
     def in_memory(self, name: str) -> Iterator[int]:
         """Yield the versions of a model that are in memory, draining ones included."""
         return (version for of, version in (*self.memory.resident, *self.memory.draining) if of == name)
+
+    def signature(self, key: Key) -> Signature | None:
+        """Return the inputs and outputs of a version that is not in memory; None where it must be loaded to tell."""
+        known = self._signatures.get(key)
+        if known is None and self.library is not None:
+            known = self.library.signature(*key)
+            if known is not None:
+                self._signatures[key] = known
+        return known
 
     def expected_load_s(self, key: Key) -> float:
         return max(self._measured.get(key, (0, _UNKNOWN_LOAD_S))[1], _SHORTEST_LOAD_S)
@@ -305,7 +313,7 @@ class Keeper:
         name, version = key
         model = self.models[name]
         self._measured[key] = (loaded.memory_bytes, loaded.load_s)
-        self.signatures[key] = loaded.signature
+        self._signatures[key] = loaded.signature
         self._cold.discard(key)
         model.forget_failures(iter([version]))
         self._listener.before_ready(Entry(name, version, "ready", loaded=loaded))

@@ -67,6 +67,8 @@ class ModelSettings:
     n_threads: int | None = None
     """Of one run; 0 takes every core."""
     max_batch_size: int = 64
+    max_rows: int = 100_000
+    """Of one request; more are refused."""
     max_queued_rows: int = 100_000
     batch_sizes: tuple[int, ...] | None = None
     """Batches are padded to one of these, the last of which is the largest batch; None where any size will do."""
@@ -91,6 +93,8 @@ class Loaded:
     example: Mapping[str, Any]
     """The first golden case as a row that a client could send."""
     load_s: float
+    max_rows: int = 100_000
+    """Of one request."""
     row_s: float = 0.0
     """What one row took alone, on one thread, when it was loaded."""
     digest: str = ""
@@ -227,6 +231,7 @@ def _loaded(
         settings.target_s,
         example_row(cases.inputs, signature),
         time.perf_counter() - start_s,
+        max_rows=settings.max_rows,
         row_s=row_s,
         digest=bundle.digest,
         memory_bytes=settings.memory_bytes or taken_bytes,

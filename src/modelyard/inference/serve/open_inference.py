@@ -435,6 +435,7 @@ def routes(front: Front, repository: Repository, extensions: Sequence[str] = EXT
         Route("GET", "/v2/health/live", live),
         Route("GET", "/v2/health/ready", ready),
         Route("GET", "/v2", server),
+        Route("GET", "/v2/", server),
         *everywhere("GET", "", metadata),
         *everywhere("GET", "/ready", model_ready),
     ]

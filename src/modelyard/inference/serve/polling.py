@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from modelyard.bundle.format import CASES, MANIFEST, PROFILE, REFERENCE
+from modelyard.bundle.format import CASES, MANIFEST, PROFILE, REFERENCE, read_manifest
+from modelyard.bundle.manifest import Signature
 from modelyard.bundle.store import TAGS, LocalStore, Store
 from modelyard.errors import ModelyardError, NotInStore, StoreError
 from modelyard.inference.serve.loading import ModelSettings
@@ -118,6 +119,15 @@ class Library:
             )
         except OSError:
             return 0
+
+    def signature(self, name: str, version: int) -> Signature | None:
+        """Return what the manifest of a version that lies in a local folder says; None where it must be loaded to tell."""
+        if not isinstance(self.store, LocalStore):
+            return None
+        try:
+            return read_manifest(self.store.root / name / str(version)).signature
+        except (ModelyardError, OSError):
+            return None
 
     def _list(self) -> dict[str, Listing]:
         self._require_folder()

@@ -274,9 +274,9 @@ class Repository:
         )
 
     def signature(self, entry: Entry) -> Signature:
-        """Return the inputs and outputs of a version that is, or was, in memory; raises Cold or NotReady for others."""
-        known = self._keeper.signatures.get((entry.name, entry.version))
-        return known if known is not None and entry.on_demand else self._answering(entry).signature
+        """Return the inputs and outputs of a version, be it in memory or loaded on demand; raises Cold or NotReady for others."""
+        known = self._keeper.signature((entry.name, entry.version)) if entry.on_demand else None
+        return known or self._answering(entry).signature
 
     def labels(self, name: str) -> Mapping[str, int]:
         """Return label → the version it means now; raises UnknownModel."""
