@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from machine import bar, heading
 
-from modelyard.inference.serve.metrics import new_slabs
-from modelyard.inference.serve.observe import ServerMetrics
-from modelyard.inference.serve.vocabulary import QUEUE_SECONDS, SECONDS
+from modelyard.inference.serve.metrics.metrics import new_slabs
+from modelyard.inference.serve.metrics.observe import ServerMetrics
+from modelyard.inference.serve.metrics.vocabulary import QUEUE_SECONDS, SECONDS
 
 N_RUNS = 100_000
 N_MODELS = 200

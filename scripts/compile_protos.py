@@ -3,7 +3,7 @@
     pip install grpcio-tools        # at development time only
     python scripts/compile_protos.py [--check]
 
-Writes src/modelyard/inference/serve/protos/descriptors.binpb, a serialized google.protobuf.FileDescriptorSet; with --check it
+Writes src/modelyard/inference/serve/protocols/protos/descriptors.binpb, a serialized google.protobuf.FileDescriptorSet; with --check it
 only says whether that file is up to date.
 """
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROTOS = Path(__file__).resolve().parent.parent / "src/modelyard/inference/serve/protos"
+PROTOS = Path(__file__).resolve().parent.parent / "src/modelyard/inference/serve/protocols/protos"
 COMPILED = PROTOS / "descriptors.binpb"
 
 

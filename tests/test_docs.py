@@ -1,7 +1,9 @@
 """The documents say what the code does: commands, options, keys, examples, links."""
 
 import ast
+import contextlib
 import doctest
+import importlib.util
 import inspect
 import json
 import re
@@ -14,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -24,8 +26,12 @@ from msgspec import structs
 from onnx import TensorProto, helper
 
 from modelyard import errors
+from modelyard.bundle.store import open_store
 from modelyard.cli.config import Yard, load_yard
 from modelyard.cli.main import cli
+from modelyard.inference.serve.models.config import load_config
+from modelyard.inference.serve.scheduling.scheduling import DropCause, Reason, RefusalCause
+from modelyard.inference.serve.transport.grpc import status_of
 from modelyard.prices import load_prices
 from modelyard.schema import to_builtins
 from modelyard.training import checks
@@ -34,9 +40,9 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 FIXTURE = ROOT / "tests" / "fixtures" / "bundle-v1"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
-SERVER = "localhost:8000"
-"""Where examples expect a server with the fixture as model "late", and a model of images "digits"."""
-OPTIONAL = ("lightgbm", "pandas", "sklearn", "torch", "tritonclient")
+SERVER, GRPC_SERVER = "localhost:8000", "localhost:8001"
+"""Where examples expect a server with the fixture as model "late", versions 1 and 2, and a model of images "digits"."""
+OPTIONAL = ("grpc", "grpc_health", "kserve", "lightgbm", "ovmsclient", "pandas", "sklearn", "torch", "tritonclient")
 
 
 def _name(page: Path) -> str:
@@ -259,6 +265,10 @@ def test_every_toml_example_is_read_by_the_real_loader(block: Block, tmp_path: P
     """Whole files as they are; tables of a yard.toml within the smallest whole file."""
     found = tomllib.loads(block.text)
     path = tmp_path / "example.toml"
+    if found.keys() <= {"server", "defaults", "models"}:
+        path.write_text(block.text, encoding="utf-8")
+        load_config(path)
+        return
     if "device" in found:
         path.write_text(block.text, encoding="utf-8")
         assert {device["id"] for device in found["device"]} <= set(load_prices(path))
@@ -291,27 +301,56 @@ def brightest_pixel(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server with both models; yields host:port."""
-    folder = tmp_path_factory.mktemp("docs")
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server listens, host:port each."""
+
+    http: str
+    grpc: str
+
+    def of(self, text: str) -> str:
+        """Return `text` with these in the place of the ones in the documents."""
+        return text.replace(SERVER, self.http).replace(GRPC_SERVER, self.grpc)
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Addresses]:
+    """Run a real server with the models that the examples ask."""
     store = folder / "store"
-    shutil.copytree(FIXTURE, store / "late" / "1")
+    for version in ("1", "2"):
+        shutil.copytree(FIXTURE, store / "late" / version)
+    open_store(store).tag("late", "champion", 1)
     brightest_pixel(folder / "digits.onnx")
     importing = ["import", str(folder / "digits.onnx"), "--name", "digits", "--store", str(store)]
     subprocess.run([sys.executable, "-m", "modelyard", *importing], check=True, capture_output=True)
-    command = [sys.executable, "-m", "modelyard", "serve", str(store), "--port", "0", "--json"]
+    command = [sys.executable, "-m", "modelyard", "serve", str(store), "--port", "0", "--grpc-port", "0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         try:
-            yield json.loads(process.stdout.readline())["url"].removeprefix("http://")
+            told = json.loads(process.stdout.readline())
+            yield Addresses(told["url"].removeprefix("http://"), told["grpc"])
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
+    with serving(tmp_path_factory.mktemp("docs")) as addresses:
+        yield addresses
+
+
 def pages_with(*languages: str) -> list[Any]:
     return [pytest.param(page, id=_name(page)) for page in PAGES if blocks(page, *languages)]
+
+
+def runnable(found: list[Block]) -> list[Block]:
+    """The blocks that import nothing which is missing here; skips the test where none is left."""
+    missing = {package for package in OPTIONAL if importlib.util.find_spec(package) is None}
+    left = [block for block in found if not missing & set(re.findall(r"\b(?:import|from) (\w+)", block.text))]
+    if not left:
+        pytest.skip(f"needs one of {', '.join(sorted(missing))}")
+    return left
 
 
 @pytest.mark.parametrize("page", pages_with("python", "pycon"))
@@ -319,11 +358,10 @@ def test_python_examples_run(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The blocks of a page one after the other, in a folder with the fixture as ./bundle; pycon blocks show what they give."""
-    found = blocks(page, "python", "pycon")
-    for package in OPTIONAL:
-        if any(re.search(rf"\b(import|from) {package}\b", block.text) for block in found):
-            pytest.importorskip(package)
-    address = request.getfixturevalue("server") if any(SERVER in block.text for block in found) else SERVER
+    found = runnable(blocks(page, "python", "pycon"))
+    addresses = Addresses(SERVER, GRPC_SERVER)
+    if any(SERVER in block.text or GRPC_SERVER in block.text for block in found):
+        addresses = request.getfixturevalue("server")
     shutil.copytree(FIXTURE, tmp_path / "bundle")
     if any('Path("pictures")' in block.text for block in found):
         picture(tmp_path / "pictures" / "three.png")
@@ -331,7 +369,7 @@ def test_python_examples_run(
     names: dict[str, Any] = {"__name__": "example"}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
     for block in found:
-        text = block.text.replace(SERVER, address)
+        text = addresses.of(block.text)
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), names)
             continue
@@ -352,37 +390,94 @@ def picture(path: Path) -> None:
     pytest.importorskip("PIL.Image").fromarray(pixels).save(path)
 
 
-def curls() -> list[Any]:
-    """curl commands over one line or several, in the order of the page."""
-    parts = [
-        (block.line, text)
-        for block in blocks(DOCS / "reference" / "http.md", "sh")
-        for text in re.split(r"\n(?=curl )", block.text)
-    ]
-    return [
-        pytest.param(shlex.split(text, comments=True)[1:], id=f"{line} {i}")
-        for i, (line, text) in enumerate(parts)
-        if text.startswith("curl ")
-    ]
+def curls(page: Path) -> list[list[str]]:
+    """The words of each curl command that asks the server of the examples, over one line or several, in the page's order."""
+    parts = [text for block in blocks(page, "sh") for text in re.split(r"\n(?=curl )", block.text)]
+    commands = [shlex.split(text, comments=True)[1:] for text in parts if text.startswith("curl ")]
+    return [words for words in commands if any(SERVER in word for word in words) and "@row.json" not in words]
 
 
-@pytest.mark.parametrize("words", curls())
-def test_curl_examples_of_the_reference_are_answered(words: list[str], server: str) -> None:
-    headers, body, url, method = {}, None, "", None
-    for flag, value in zip(words, [*words[1:], ""], strict=True):
-        if flag == "-H":
-            name, _, text = value.partition(": ")
-            headers[name] = text
-        elif flag == "-d":
-            body = value.encode()
-        elif flag == "-X":
-            method = value
-        elif SERVER in flag:
-            url = "http://" + flag.replace(SERVER, server)
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers, method=method)) as answer:
-        assert answer.status == 200
-        assert answer.headers["X-Request-Id"]
-        json.loads(answer.read())
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=_name(page)) for page in PAGES if page.parent != ROOT and curls(page)]
+)
+def test_curl_examples_of_a_page_are_answered_one_after_the_other(page: Path, tmp_path: Path) -> None:
+    with serving(tmp_path) as addresses:
+        for words in curls(page):
+            headers, body, url, method = {}, None, "", None
+            for flag, value in zip(words, [*words[1:], ""], strict=True):
+                if flag == "-H":
+                    name, _, text = value.partition(": ")
+                    headers[name] = text
+                elif flag == "-d":
+                    body = value.encode()
+                elif flag == "-X":
+                    method = value
+                elif SERVER in flag:
+                    url = "http://" + addresses.of(flag)
+            with urllib.request.urlopen(urllib.request.Request(url, body, headers, method=method)) as answer:
+                assert answer.status == 200
+                assert answer.headers["X-Request-Id"]
+                if answer.headers["Content-Type"] == "application/json":
+                    json.loads(answer.read())
+
+
+# The server
+
+
+def documented_paths() -> set[str]:
+    """The paths in the table of routes, each with all places that [PLACE] stands for."""
+    paths = set()
+    for path in re.findall(r"[` ](/[^`]*)`", sections(DOCS / "reference" / "http.md")["Routes"]):
+        labels = ["/labels/LABEL"] if path.startswith("/v1") else []
+        places = ["", "/versions/VERSION", *labels] if "[PLACE]" in path else [""]
+        paths |= {path.replace("[PLACE]", place) for place in places}
+    return paths
+
+
+def test_the_reference_names_every_route(server: Addresses) -> None:
+    """The OpenAPI document has them all, which is tested elsewhere."""
+    with urllib.request.urlopen(f"http://{server.http}/openapi.json") as answer:
+        told = {
+            re.sub(r"\{\w+\}", lambda match: match[0].strip("{}").upper(), path) for path in json.load(answer)["paths"]
+        }
+    routes = {re.sub(r"/models/(MODEL|late|digits)(?=[:/]|$)", "/models/NAME", path) for path in told}
+    assert routes <= documented_paths()
+
+
+def table(page: Path, title: str) -> list[list[str]]:
+    """The cells of the rows of the tables below a heading."""
+    lines = sections(page, "###")[title].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_the_reference_names_every_status_and_its_twin_in_grpc() -> None:
+    told = {row[0] for row in table(DOCS / "reference" / "http.md", "Status codes")}
+    twins = {
+        code: row[0] for row in table(DOCS / "reference" / "grpc.md", "Status codes") for code in row[1].split(", ")
+    }
+    for found in vars(errors).values():
+        if inspect.isclass(found) and issubclass(found, errors.ModelyardError):
+            assert str(found.status) in told
+            if found is not errors.UnsupportedEncoding:  # gRPC has a status of its own for that, given at the edge
+                error = found.__new__(found)
+                assert twins[str(found.status)] == f"`{status_of(error).name}`"
+
+
+def test_the_reference_explains_every_cause_and_every_reason() -> None:
+    page = DOCS / "reference" / "http.md"
+    causes = {row[0].strip("`") for row in table(page, "Refusals")}
+    assert {*get_args(RefusalCause), *get_args(DropCause)} <= causes
+    assert all(f"`{reason}`" in sections(page)["The timeline"] for reason in get_args(Reason))
+    explained = sections(DOCS / "explanation" / "batching.md")["How to read an explained request"].replace("\\", "")
+    assert all(f"*{reason}*" in explained for reason in get_args(Reason))
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=_name(page)) for page in PAGES if page.name != "open-inference-conformance.md"]
+)
+def test_options_named_in_the_text_exist(page: Path) -> None:
+    named = set(re.findall(r"`[^`]*?(--[a-z][a-z-]*)", prose(page)))
+    assert named <= set().union(*map(options, COMMANDS.values())) | {"--version"}
 
 
 # Findings, links, errors

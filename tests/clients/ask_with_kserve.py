@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 
-from kserve import InferInput, InferRequest, InferenceRESTClient
+from kserve import InferenceRESTClient, InferInput, InferRequest
 from kserve.inference_client import RESTConfig
 
 
@@ -26,7 +26,9 @@ async def main(url: str) -> None:
     told["id"] = answer.id
     v1 = InferenceRESTClient(RESTConfig(protocol="v1", timeout=30))
     told["v1"] = (
-        await v1.infer(url, {"instances": [{"delay": 30, "origin": "JFK"}, {"delay": -12, "origin": "LGA"}]}, model_name="late")
+        await v1.infer(
+            url, {"instances": [{"delay": 30, "origin": "JFK"}, {"delay": -12, "origin": "LGA"}]}, model_name="late"
+        )
     )["predictions"]
     print(json.dumps(told, default=str))
 

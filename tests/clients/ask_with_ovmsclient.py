@@ -10,9 +10,7 @@ import numpy as np
 from ovmsclient import make_http_client
 
 client = make_http_client(sys.argv[1])
-answer = client.predict(
-    {"delay": np.array([30, -12], dtype=np.float32), "origin": ["JFK", "LGA"]}, "late"
-)
+answer = client.predict({"delay": np.array([30, -12], dtype=np.float32), "origin": ["JFK", "LGA"]}, "late")
 told = {
     "status": {str(version): state["state"] for version, state in client.get_model_status("late").items()},
     "metadata": client.get_model_metadata("late"),

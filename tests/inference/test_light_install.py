@@ -22,7 +22,7 @@ def modules_under(package: str) -> list[str]:
 def test_no_inference_module_imports_a_training_library() -> None:
     names = modules_under("modelyard.inference") + modules_under("modelyard.bundle")
     names += ["modelyard.cli.main", "modelyard.cli.serve", "modelyard.cli.predict", "modelyard.cli.rowfiles"]
-    assert "modelyard.inference.serve.http" in names
+    assert "modelyard.inference.serve.transport.http" in names
     done = subprocess.run([sys.executable, "-c", PROGRAM, *names], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert "onnxruntime" in loaded

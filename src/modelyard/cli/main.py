@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compress": ("modelyard.cli.compress:compress", "Quantize a bundle; accept it only by measurement and test."),
     "bundle": ("modelyard.cli.bundle:bundle", "Show, verify and compare bundles."),
     "store": ("modelyard.cli.store:store", "List, publish and tag the versions in a store."),
-    "serve": ("modelyard.cli.serve:serve", "Serve a store's models over HTTP."),
+    "serve": ("modelyard.cli.serve:serve", "Serve a store's models over HTTP and gRPC."),
     "predict": ("modelyard.cli.predict:predict", "Answer the rows of a file with a bundle."),
 }
 

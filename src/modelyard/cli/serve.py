@@ -8,8 +8,8 @@ import click
 from modelyard.cli.options import allow_domain_option
 
 if TYPE_CHECKING:
-    from modelyard.inference.serve.loading import Loaded
-    from modelyard.inference.serve.seat import Seat
+    from modelyard.inference.serve.models.loading import Loaded
+    from modelyard.inference.serve.processes.seat import Seat
 
 _LONGEST_EXAMPLE = 1000
 _PORT = click.IntRange(0, 65535)
@@ -150,16 +150,16 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
     from modelyard.bundle.format import MANIFEST
     from modelyard.bundle.store import open_store
     from modelyard.errors import ConfigError, NotInStore
-    from modelyard.inference.serve.config import ServeConfig, load_config
-    from modelyard.inference.serve.http import HttpLimits
-    from modelyard.inference.serve.loading import ModelSettings, Pick, load
-    from modelyard.inference.serve.polling import Library
-    from modelyard.inference.serve.repository import Repository, choose, policies_of
-    from modelyard.inference.serve.scout import workers_by_measuring
-    from modelyard.inference.serve.server import ServerSettings, bind
-    from modelyard.inference.serve.server import serve as serve_on
-    from modelyard.inference.serve.supervisor import SupervisorSettings
-    from modelyard.inference.serve.worker import Models, run_worker
+    from modelyard.inference.serve.models.config import ServeConfig, load_config
+    from modelyard.inference.serve.models.loading import ModelSettings, Pick, load
+    from modelyard.inference.serve.models.polling import Library
+    from modelyard.inference.serve.models.repository import Repository, choose, policies_of
+    from modelyard.inference.serve.processes.scout import workers_by_measuring
+    from modelyard.inference.serve.processes.server import ServerSettings, bind
+    from modelyard.inference.serve.processes.server import serve as serve_on
+    from modelyard.inference.serve.processes.supervisor import SupervisorSettings
+    from modelyard.inference.serve.processes.worker import Models, run_worker
+    from modelyard.inference.serve.transport.http import HttpLimits
 
     if "://" not in store and not Path(store).is_dir():
         raise NotInStore(f"{store}: no such store folder; correct the path, or publish a bundle to it first")

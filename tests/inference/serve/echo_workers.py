@@ -16,8 +16,8 @@ from typing import Any, cast
 import uvloop
 
 from modelyard.errors import StoreError
-from modelyard.inference.serve.seat import Seat
-from modelyard.inference.serve.supervisor import SupervisorSettings, supervise
+from modelyard.inference.serve.processes.seat import Seat
+from modelyard.inference.serve.processes.supervisor import SupervisorSettings, supervise
 
 
 def tell(**what: Any) -> None:

@@ -12,15 +12,13 @@ from typing import TypeVar
 import uvloop
 
 from modelyard.bundle.store import open_store
-from modelyard.inference.serve.extensions_grpc import Extensions
 from modelyard.inference.serve.front import Front
-from modelyard.inference.serve.grpc import Answered, Rpc, Streaming, StreamingCall, Unary, UnaryCall
-from modelyard.inference.serve.http2 import Http2Connections, Http2Limits
-from modelyard.inference.serve.metrics import new_slabs
-from modelyard.inference.serve.observe import ServerMetrics
-from modelyard.inference.serve.open_inference_grpc import InferenceService
-from modelyard.inference.serve.repository import Entry, Json, Repository, choose, load, loader_pool
-from modelyard.inference.serve.statistics_api import (
+from modelyard.inference.serve.metrics.metrics import new_slabs
+from modelyard.inference.serve.metrics.observe import ServerMetrics
+from modelyard.inference.serve.models.repository import Entry, Json, Repository, choose, load, loader_pool
+from modelyard.inference.serve.protocols.extensions_grpc import Extensions
+from modelyard.inference.serve.protocols.open_inference_grpc import InferenceService
+from modelyard.inference.serve.protocols.statistics_api import (
     LOG_COMMAND,
     TRACE_COMMAND,
     LogControl,
@@ -28,6 +26,8 @@ from modelyard.inference.serve.statistics_api import (
     TraceSettings,
     apply,
 )
+from modelyard.inference.serve.transport.grpc import Answered, Rpc, Streaming, StreamingCall, Unary, UnaryCall
+from modelyard.inference.serve.transport.http2 import Http2Connections, Http2Limits
 
 T = TypeVar("T")
 

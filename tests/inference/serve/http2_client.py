@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import hpack
 from grpc_serving import CallServer
 
-from modelyard.inference.serve.http2_frames import PREFACE, ErrorCode
+from modelyard.inference.serve.transport.http2_frames import PREFACE, ErrorCode
 
 (DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION) = range(10)
 END_STREAM, ACK, END_HEADERS, PADDED, WITH_PRIORITY = 1, 1, 4, 8, 32

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.bundle.store import open_store
-from modelyard.inference.serve import (
+from modelyard.inference.serve.app import App
+from modelyard.inference.serve.front import Front
+from modelyard.inference.serve.metrics.metrics import new_slabs
+from modelyard.inference.serve.metrics.observe import ServerMetrics
+from modelyard.inference.serve.models.repository import Entry, Json, Loaded, Pick, Repository, load, loader_pool
+from modelyard.inference.serve.protocols import (
     monitoring,
     open_inference,
     openapi,
@@ -19,13 +24,8 @@ from modelyard.inference.serve import (
     statistics_api,
     tensorflow,
 )
-from modelyard.inference.serve.app import App
-from modelyard.inference.serve.front import Front
-from modelyard.inference.serve.http import Connections, HttpLimits
-from modelyard.inference.serve.metrics import new_slabs
-from modelyard.inference.serve.observe import ServerMetrics
-from modelyard.inference.serve.repository import Entry, Json, Loaded, Pick, Repository, load, loader_pool
-from modelyard.inference.serve.statistics_api import LogControl, TraceControl, TraceSettings
+from modelyard.inference.serve.protocols.statistics_api import LogControl, TraceControl, TraceSettings
+from modelyard.inference.serve.transport.http import Connections, HttpLimits
 
 OPERATIONS = (
     *operations.TENSORFLOW,

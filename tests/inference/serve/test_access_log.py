@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from modelyard.errors import ConfigError
-from modelyard.inference.serve.access_log import AccessLog, access_line
-from modelyard.inference.serve.observe import Timeline
+from modelyard.inference.serve.metrics.access_log import AccessLog, access_line
+from modelyard.inference.serve.metrics.observe import Timeline
 
 ANSWERED = Timeline(
     request_id=b"abc-1",

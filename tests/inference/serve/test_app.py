@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.errors import DigestMismatch
 from modelyard.inference.runtime._base import Arrays
-from modelyard.inference.serve import tensorflow
 from modelyard.inference.serve.app import App
 from modelyard.inference.serve.executor import Executor
 from modelyard.inference.serve.front import Front
-from modelyard.inference.serve.latency_model import LatencyModel
-from modelyard.inference.serve.messages import Head, Request, Response, json_response
-from modelyard.inference.serve.metrics import new_slabs
-from modelyard.inference.serve.observe import ServerMetrics
+from modelyard.inference.serve.metrics.metrics import new_slabs
+from modelyard.inference.serve.metrics.observe import ServerMetrics
+from modelyard.inference.serve.models.repository import Entry, Loaded, Pick, Repository
 from modelyard.inference.serve.packing import Packer
-from modelyard.inference.serve.repository import Entry, Loaded, Pick, Repository
-from modelyard.inference.serve.routes import Route
-from modelyard.inference.serve.scheduling import Policy, Scheduler
+from modelyard.inference.serve.protocols import tensorflow
+from modelyard.inference.serve.scheduling.latency_model import LatencyModel
+from modelyard.inference.serve.scheduling.scheduling import Policy, Scheduler
+from modelyard.inference.serve.transport.messages import Head, Request, Response, json_response
+from modelyard.inference.serve.transport.routes import Route
 
 SPEC = TensorSpec(name="x", datatype="FP32", shape=(BATCH,))
 

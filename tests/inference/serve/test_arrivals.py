@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelyard.inference.serve.arrivals import ArrivalRate
+from modelyard.inference.serve.scheduling.arrivals import ArrivalRate
 
 
 def fed(rate: ArrivalRate, per_update: int, n_rows: int, n_updates: int, every_s: float = 0.001) -> ArrivalRate:

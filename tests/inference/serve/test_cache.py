@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelyard.inference.serve.cache import ResponseCache, key_of
 from modelyard.inference.serve.calls import Call, Run
+from modelyard.inference.serve.models.cache import ResponseCache, key_of
 
 ROW = np.arange(4, dtype=np.float32)
 

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.errors import DeadlineExceeded, ModelyardError, Overloaded, RequestError
 from modelyard.inference.runtime._base import Arrays
-from modelyard.inference.serve import open_inference, tensorflow
 from modelyard.inference.serve.calls import Call
 from modelyard.inference.serve.executor import Executor
 from modelyard.inference.serve.front import HttpAdapter
-from modelyard.inference.serve.latency_model import LatencyModel
-from modelyard.inference.serve.messages import Head, Request, Response
+from modelyard.inference.serve.models.repository import Loaded
 from modelyard.inference.serve.packing import Packer
-from modelyard.inference.serve.repository import Loaded
-from modelyard.inference.serve.scheduling import Policy, Scheduler
+from modelyard.inference.serve.protocols import open_inference, tensorflow
+from modelyard.inference.serve.scheduling.latency_model import LatencyModel
+from modelyard.inference.serve.scheduling.scheduling import Policy, Scheduler
+from modelyard.inference.serve.transport.messages import Head, Request, Response
 
 ON_THE_LOOP, ON_THREADS = 1e9, 0.0
 SIGNATURE = Signature(
@@ -79,10 +79,15 @@ def executor_of(
     sizes: tuple[int, ...] = (),
     n_instances: int = 1,
     target_s: float = 60.0,
-    splittable: bool = True,
+    waits: bool = False,
 ) -> Executor:
+    """Return an executor; `waits` for company where that gains something, as it is by default."""
     policy = Policy(
-        target_s=target_s, max_batch_size=max_batch_size, n_instances=n_instances, allowed_sizes=sizes
+        target_s=target_s,
+        max_batch_size=max_batch_size,
+        n_instances=n_instances,
+        allowed_sizes=sizes,
+        batching_gain=1.1 if waits else 1e9,
     )
     scheduler = Scheduler(policy, LatencyModel(max_batch_size, guess_row_s=1e-6), perf_counter())
     return Executor(
@@ -91,7 +96,6 @@ def executor_of(
         scheduler,
         name="m version 1",
         max_batch_size=max_batch_size,
-        splittable=splittable,
         inline_below_s=inline_below_s,
     )
 
@@ -215,14 +219,20 @@ def test_every_call_is_answered_once_with_its_own_rows_and_its_own_error(
 
 
 @pytest.mark.parametrize("inline_below_s", [ON_THE_LOOP, ON_THREADS], ids=["on the loop", "on threads"])
-@given(asked=asked_calls, timeouts_s=st.lists(st.sampled_from([1e-9, 2e-6, 5e-5, 1e-3, 60.0]), min_size=1))
+@given(
+    asked=asked_calls,
+    timeouts_s=st.lists(st.sampled_from([1e-9, 2e-6, 5e-5, 1e-3, 0.02, 60.0]), min_size=1),
+    n_instances=st.integers(1, 3),
+)
 def test_whatever_the_deadlines_a_call_is_refused_or_answered_and_never_both(
-    inline_below_s: float, asked: list[Asked], timeouts_s: list[float]
+    inline_below_s: float, asked: list[Asked], timeouts_s: list[float], n_instances: int
 ) -> None:
     for number, one in enumerate(asked):
         one.timeout_s = timeouts_s[number % len(timeouts_s)]
         one.nan = one.poisoned = False
-    executor = executor_of(Summing(), inline_below_s=inline_below_s)
+    executor = executor_of(
+        Summing(), inline_below_s=inline_below_s, n_instances=n_instances, target_s=0.02, waits=True
+    )
     asyncio.run(submit_all(executor, asked))
     for one in asked:
         if one.refused is not None:
@@ -423,7 +433,9 @@ def answers_of(requests: Sequence[tuple[HttpAdapter, Request]]) -> tuple[list[Re
 
 @given(
     wanted=st.lists(
-        st.tuples(st.sampled_from(["rows", "json", "binary"]), st.sampled_from(ROWS), st.sampled_from(["", "é", "a b"])),
+        st.tuples(
+            st.sampled_from(["rows", "json", "binary"]), st.sampled_from(ROWS), st.sampled_from(["", "é", "a b"])
+        ),
         min_size=1,
         max_size=8,
     )

@@ -52,7 +52,9 @@ def messages(draw: st.DrawFn) -> bytes:
 
 
 extensions = st.sampled_from([b"", b"", b"", b";a=b", b";", b" "])
-last_chunks = st.sampled_from([b"0\r\n\r\n"] * 5 + [b"0\r\nTrailer: t\r\n\r\n", b"0\r\nContent-Length: 9\r\n\r\n", b"-1\r\n", b"0\r\n"])
+last_chunks = st.sampled_from(
+    [b"0\r\n\r\n"] * 5 + [b"0\r\nTrailer: t\r\n\r\n", b"0\r\nContent-Length: 9\r\n\r\n", b"-1\r\n", b"0\r\n"]
+)
 plain = st.sampled_from(
     [
         b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n",

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, event, example, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from modelyard.bundle.manifest import BATCH, Datatype, Signature, TensorSpec
 from modelyard.errors import RequestError
 from modelyard.inference.serve.calls import Call
-from modelyard.inference.serve.tensorflow import Codec, Predict
+from modelyard.inference.serve.protocols.tensorflow import Codec, Predict
 
 NUMBERS = (
     "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64"
@@ -36,7 +36,9 @@ ODD = [
 def number_texts() -> st.SearchStrategy[str]:
     whole = st.integers(-(2**70), 2**70) | st.sampled_from([s * (2**k + d) for k in (7, 8, 15, 16, 31, 32, 63, 64) for d in (-1, 0, 1) for s in (1, -1)])  # fmt: skip
     small = st.integers(-130, 300)
-    floats = st.floats(allow_nan=False, allow_infinity=False) | st.floats(width=16, allow_nan=False, allow_infinity=False)
+    floats = st.floats(allow_nan=False, allow_infinity=False) | st.floats(
+        width=16, allow_nan=False, allow_infinity=False
+    )
     return st.one_of(
         small.map(str), small.map(str), whole.map(str), floats.map(repr), st.sampled_from(EDGES).map(repr),
         st.sampled_from(EDGES).map(lambda value: repr(-value)), floats.map("{:.30g}".format),
@@ -126,7 +128,11 @@ def bodies(draw: st.DrawFn, signature: Signature) -> bytes:
         key, content = "instances", draw(lists(row, n_rows))
     else:
         key, content = "inputs", draw(row)
-    more = draw(st.sampled_from([""] * 8 + [',"signature_name":"serving_default"', ',"other":1', f',"{key}":[]', "]", "}", "\x00"]))
+    more = draw(
+        st.sampled_from(
+            [""] * 8 + [',"signature_name":"serving_default"', ',"other":1', f',"{key}":[]', "]", "}", "\x00"]
+        )
+    )
     text = f'{gap}{{{gap}"{key}"{gap}:{gap}{content}{gap}{more}}}{gap}'
     data = text.encode("utf-8", "surrogatepass")
     if not draw(st.integers(0, 9)):
@@ -178,7 +184,9 @@ def test_quick_and_long_never_disagree(case: tuple[Signature, bytes]) -> None:
         pytest.fail(f"quick takes what long refuses: {exc}")
     assert in_hand(call) == in_hand(slow)
     assert (call.n_rows, call.bucket) == (slow.n_rows, slow.bucket)
-    assert slow.form == ("one row" if body.find(b'"inputs"') in range(64) and b'"instances"' not in body[:64] else "rows")
+    assert slow.form == (
+        "one row" if body.find(b'"inputs"') in range(64) and b'"instances"' not in body[:64] else "rows"
+    )
 
 
 @given(case=cases())

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from modelyard.bundle.manifest import BATCH, Datatype, Signature, TensorSpec
 from modelyard.errors import RequestError
 from modelyard.inference.serve.calls import Call
-from modelyard.inference.serve.messages import Head, Request
-from modelyard.inference.serve.open_inference import Codec, Infer, InferHeader
 from modelyard.inference.serve.packing import Packer
-from modelyard.inference.serve.tensors import raw_from_array
+from modelyard.inference.serve.protocols.open_inference import Codec, Infer, InferHeader
+from modelyard.inference.serve.protocols.tensors import raw_from_array
+from modelyard.inference.serve.transport.messages import Head, Request
 from modelyard.inference.values import bfloat16_bits
 
 NUMBERS: tuple[Datatype, ...] = (
@@ -110,7 +110,13 @@ def requests(draw: st.DrawFn) -> tuple[Signature, bytes, bytes, bytes | None]:
     n_rows, free = draw(st.integers(1, 3)), draw(st.integers(0, 3))
     common: dict[str, Any] = draw(
         st.sampled_from(
-            [{}, {"id": "7"}, {"parameters": {"timeout": 5000}}, {"parameters": {"priority": 2}}, {"outputs": [{"name": "z"}]}]
+            [
+                {},
+                {"id": "7"},
+                {"parameters": {"timeout": 5000}},
+                {"parameters": {"priority": 2}},
+                {"outputs": [{"name": "z"}]},
+            ]
         )
     )
     plain, mixed, raws = [], [], b""
@@ -141,7 +147,9 @@ def test_json_and_binary_are_read_alike(request: tuple[Signature, bytes, bytes, 
     packer = Packer(signature)
     for call in (first, second):
         joined = packer.join([call], call.n_rows)
-        assert {name: array.dtype for name, array in joined.items()} == {s.name: s.numpy_dtype for s in signature.inputs}
+        assert {name: array.dtype for name, array in joined.items()} == {
+            s.name: s.numpy_dtype for s in signature.inputs
+        }
         packer.check(call)
 
 
@@ -170,7 +178,9 @@ def hostile(draw: st.DrawFn) -> tuple[Signature, bytes, bytes | None]:
         mixed = json.dumps(body).encode()
         length = draw(st.none() | st.just(b"%d" % len(mixed)))
     elif draw(st.booleans()):
-        length = draw(st.sampled_from([b"0", b"1", b"-1", b"", b"x", b"9" * 20, b"9" * 19, b"\xb2", b"%d" % len(mixed), b" 1"]))
+        length = draw(
+            st.sampled_from([b"0", b"1", b"-1", b"", b"x", b"9" * 20, b"9" * 19, b"\xb2", b"%d" % len(mixed), b" 1"])
+        )
     for _ in range(draw(st.integers(0, 2))):
         place = draw(st.integers(0, len(mixed)))
         mixed = mixed[:place] + draw(st.binary(max_size=3)) + mixed[place + draw(st.integers(0, 3)) :]
@@ -184,7 +194,13 @@ def one(datatype: Datatype, *shape: int | str) -> Signature:
 
 @given(request=hostile())
 @example((one("FP32", BATCH, 1), b"[" * 1000 + b"]" * 1000, None))
-@example((one("FP32", BATCH), b'{"inputs":[{"name":"a","datatype":"FP32","shape":[1],"data":' + b"[" * 1000 + b"]" * 1000 + b"}]}", None))
+@example(
+    (
+        one("FP32", BATCH),
+        b'{"inputs":[{"name":"a","datatype":"FP32","shape":[1],"data":' + b"[" * 1000 + b"]" * 1000 + b"}]}",
+        None,
+    )
+)
 def test_whatever_is_sent_is_read_or_refused_with_a_reason(request: tuple[Signature, bytes, bytes | None]) -> None:
     signature, body, length = request
     served = Served(signature)

@@ -25,7 +25,7 @@ from modelyard.errors import (
     RequestError,
     UnknownModel,
 )
-from modelyard.inference.serve.grpc import Status, Streaming, StreamingCall, Unary, UnaryCall, status_of
+from modelyard.inference.serve.transport.grpc import Status, Streaming, StreamingCall, Unary, UnaryCall, status_of
 
 LIMIT = 300_000
 ECHO, STREAM, REFUSE, BUG = "/test.Echo/Unary", "/test.Echo/Stream", "/test.Echo/Refuse", "/test.Echo/Bug"

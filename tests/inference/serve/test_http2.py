@@ -43,9 +43,9 @@ from http2_client import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelyard.inference.serve.grpc import Rpc, Streaming, Unary
-from modelyard.inference.serve.http2 import Http2Connection, Http2Connections, Http2Limits
-from modelyard.inference.serve.http2_frames import PREFACE, ErrorCode
+from modelyard.inference.serve.transport.grpc import Rpc, Streaming, Unary
+from modelyard.inference.serve.transport.http2 import Http2Connection, Http2Connections, Http2Limits
+from modelyard.inference.serve.transport.http2_frames import PREFACE, ErrorCode
 
 METHODS: dict[str, Unary | Streaming] = {
     "/test.Echo/Unary": Unary(echo),

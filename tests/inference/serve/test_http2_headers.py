@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelyard.inference.serve.http2_frames import ConnectionFault, ErrorCode, StreamFault
-from modelyard.inference.serve.http2_headers import HeaderReader, literal
-from modelyard.inference.serve.messages import Head
+from modelyard.inference.serve.transport.http2_frames import ConnectionFault, ErrorCode, StreamFault
+from modelyard.inference.serve.transport.http2_headers import HeaderReader, literal
+from modelyard.inference.serve.transport.messages import Head
 
 names = st.sampled_from([b":path", b"content-type", b"x", b"x-trace", b"grpc-timeout"]) | st.binary(
     min_size=1, max_size=30

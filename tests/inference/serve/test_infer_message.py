@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.errors import RequestError
 from modelyard.inference.serve.calls import NO_TERMS, Call, Run
-from modelyard.inference.serve.infer_message import Codec, Outlines, read_ask
-from modelyard.inference.serve.protos import COMPILED, file_descriptors, message, pool
+from modelyard.inference.serve.protocols.infer_message import Codec, Outlines, read_ask
+from modelyard.inference.serve.protocols.protos import COMPILED, file_descriptors, message, pool
 
 Request = message("inference.ModelInferRequest")
 Response = message("inference.ModelInferResponse")

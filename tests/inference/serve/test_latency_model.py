@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from modelyard.bundle.profile import Latency
 from modelyard.errors import ConfigError
-from modelyard.inference.serve import arrivals, latency_model
-from modelyard.inference.serve.latency_model import LatencyModel
+from modelyard.inference.serve.scheduling import arrivals, latency_model
+from modelyard.inference.serve.scheduling.latency_model import LatencyModel
 
 MS = 1e-3
 

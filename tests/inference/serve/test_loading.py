@@ -17,7 +17,7 @@ from modelyard.bundle.reference import summarise
 from modelyard.bundle.store import LocalStore
 from modelyard.errors import DigestMismatch, NotInStore
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
-from modelyard.inference.serve.loading import ModelSettings, Pick, load, loader_pool, resident_bytes
+from modelyard.inference.serve.models.loading import ModelSettings, Pick, load, loader_pool, resident_bytes
 from modelyard.testing.bundles import LINEAGE, late_bundle
 
 MIB = 2**20

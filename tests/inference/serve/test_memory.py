@@ -8,12 +8,12 @@ from typing import Any
 
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.inference.serve.executor import Executor
-from modelyard.inference.serve.latency_model import LatencyModel
-from modelyard.inference.serve.loading import Loaded, Pick
-from modelyard.inference.serve.memory import Memory
+from modelyard.inference.serve.models.loading import Loaded, Pick
+from modelyard.inference.serve.models.memory import Memory
+from modelyard.inference.serve.models.residency import Key
 from modelyard.inference.serve.packing import Packer
-from modelyard.inference.serve.residency import Key
-from modelyard.inference.serve.scheduling import Policy, Scheduler
+from modelyard.inference.serve.scheduling.latency_model import LatencyModel
+from modelyard.inference.serve.scheduling.scheduling import Policy, Scheduler
 
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="x", datatype="FP32", shape=(BATCH,)),),
@@ -49,6 +49,7 @@ class World:
             on_loaded=self._loaded,
             on_failed=self._failed,
             on_cold=lambda key: self.told.append(f"{key[0]} cold"),
+            on_evicted=lambda key: self.told.append(f"{key[0]} leaves"),
             on_freed=lambda key, cause: self.told.append(f"{key[0]} {cause}"),
         )
 

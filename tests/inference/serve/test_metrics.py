@@ -12,8 +12,8 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from modelyard.errors import ConfigError
-from modelyard.inference.serve.exposition import OPENMETRICS, TEXT, expose, negotiate
-from modelyard.inference.serve.metrics import (
+from modelyard.inference.serve.metrics.exposition import OPENMETRICS, TEXT, expose, negotiate
+from modelyard.inference.serve.metrics.metrics import (
     SERIES_DROPPED,
     BoundedLabel,
     CounterFamily,

@@ -11,9 +11,9 @@ import pytest
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from modelyard.inference.serve import triton_metrics, vocabulary
-from modelyard.inference.serve.exposition import OPENMETRICS, TEXT
-from modelyard.inference.serve.metrics import (
+from modelyard.inference.serve.metrics import triton_metrics, vocabulary
+from modelyard.inference.serve.metrics.exposition import OPENMETRICS, TEXT
+from modelyard.inference.serve.metrics.metrics import (
     SERIES_DROPPED,
     CounterFamily,
     HistogramFamily,
@@ -22,7 +22,7 @@ from modelyard.inference.serve.metrics import (
     label_names,
     new_slabs,
 )
-from modelyard.inference.serve.observe import MAX_TENANTS, ModelMetrics, ServerMetrics
+from modelyard.inference.serve.metrics.observe import MAX_TENANTS, ModelMetrics, ServerMetrics
 
 Parser = Callable[[str], Iterable[Any]]
 parse_text: Parser = text_string_to_metric_families
@@ -300,7 +300,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
 
 
 def test_the_dashboard_asks_only_for_what_there_is() -> None:
-    dashboard = json.loads((files("modelyard.inference.serve") / "dashboards" / "grafana.json").read_text())
+    dashboard = json.loads((files("modelyard.inference.serve.metrics") / "dashboards" / "grafana.json").read_text())
     known = {family.name: set(label_names(family)) for family in FAMILIES}
     histograms = {family.name for family in FAMILIES if isinstance(family, HistogramFamily)}
     known |= {f"{name}_bucket": known[name] | {"le"} for name in histograms}
@@ -334,7 +334,7 @@ def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_dashboard_is_laid_out_without_overlaps() -> None:
-    dashboard = json.loads((files("modelyard.inference.serve") / "dashboards" / "grafana.json").read_text())
+    dashboard = json.loads((files("modelyard.inference.serve.metrics") / "dashboards" / "grafana.json").read_text())
     taken: set[tuple[int, int]] = set()
     for panel in panels(dashboard):
         place = panel["gridPos"]

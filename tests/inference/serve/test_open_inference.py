@@ -87,7 +87,12 @@ def test_the_client_sees_health_metadata_and_versions(client: Any) -> None:
     assert client.is_server_ready()
     assert client.is_model_ready("flights")
     assert client.is_model_ready("flights", "1")
-    assert client.get_server_metadata()["extensions"] [:4] == ["binary_tensor_data", "classification", "parameters", "schedule_policy"]
+    assert client.get_server_metadata()["extensions"][:4] == [
+        "binary_tensor_data",
+        "classification",
+        "parameters",
+        "schedule_policy",
+    ]
     metadata = client.get_model_metadata("flights", "1")
     assert metadata["versions"] == ["1"]
     assert metadata["inputs"][2] == {"name": "carrier", "datatype": "BYTES", "shape": [-1]}

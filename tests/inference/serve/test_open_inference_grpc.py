@@ -22,7 +22,7 @@ from grpc_serving import CallServer, answering_models
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from modelyard.inference.serve.grpc import Status
+from modelyard.inference.serve.transport.grpc import Status
 
 SmallModels = Any
 KINDS = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8", "object": "BYTES"}

@@ -22,8 +22,8 @@ from modelyard.bundle.format import write_bundle
 from modelyard.bundle.manifest import Signature, TensorSpec
 from modelyard.bundle.store import open_store
 from modelyard.errors import StoreError
-from modelyard.inference.serve import pages
-from modelyard.inference.serve.repository import Loaded, Pick, load
+from modelyard.inference.serve.models.repository import Loaded, Pick, load
+from modelyard.inference.serve.protocols import pages
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">"
 STATIC = Path(pages.__file__).parent / "static"
@@ -137,7 +137,7 @@ def test_the_list_says_versions_states_and_reasons(server: SideServer) -> None:
 def test_the_wheel_ships_the_page() -> None:
     """Package data that setuptools does not know of works in a checkout and nowhere else."""
     text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
-    assert "inference/serve/static/*" in text
+    assert "inference/serve/protocols/static/*" in text
 
 
 # In a browser.

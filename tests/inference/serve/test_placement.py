@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelyard.inference.serve.placement import Placement, placement_for, workers_for
+from modelyard.inference.serve.scheduling.placement import Placement, placement_for, workers_for
 
 SECONDS = st.floats(1e-6, 10.0)
 CORES = st.integers(1, 256)

@@ -10,9 +10,9 @@ import pytest
 
 from modelyard.bundle.store import LocalStore
 from modelyard.errors import NotInStore, StoreError
-from modelyard.inference.serve.loading import ModelSettings
-from modelyard.inference.serve.polling import Library
-from modelyard.inference.serve.versions import Listing, VersionPolicy
+from modelyard.inference.serve.models.loading import ModelSettings
+from modelyard.inference.serve.models.polling import Library
+from modelyard.inference.serve.models.versions import Listing, VersionPolicy
 from modelyard.testing.bundles import late_bundle
 
 LONG_AGO_S = time.time() - 3600

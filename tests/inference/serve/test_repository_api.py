@@ -19,14 +19,14 @@ from tritonclient.utils import InferenceServerException
 from modelyard.bundle.format import write_bundle
 from modelyard.bundle.store import LocalStore
 from modelyard.errors import RequestError
-from modelyard.inference.serve import repository_api, tensorflow
 from modelyard.inference.serve.app import App
 from modelyard.inference.serve.front import Front
-from modelyard.inference.serve.http import Connections, HttpLimits
-from modelyard.inference.serve.metrics import new_slabs
-from modelyard.inference.serve.observe import ServerMetrics
-from modelyard.inference.serve.polling import Library
-from modelyard.inference.serve.repository import Json, Repository, choose, load, loader_pool
+from modelyard.inference.serve.metrics.metrics import new_slabs
+from modelyard.inference.serve.metrics.observe import ServerMetrics
+from modelyard.inference.serve.models.polling import Library
+from modelyard.inference.serve.models.repository import Json, Repository, choose, load, loader_pool
+from modelyard.inference.serve.protocols import repository_api, tensorflow
+from modelyard.inference.serve.transport.http import Connections, HttpLimits
 from modelyard.testing.bundles import late_content
 
 
@@ -155,7 +155,10 @@ def test_a_version_policy_of_tritons_configuration_is_followed(server: Server, c
         ({"parameters": {"config": "{"}}, "a string that holds a JSON object"),
         ({"parameters": {"config": '{"max_batch_size": 8}'}}, "'max_batch_size' cannot be changed by a call"),
         ({"parameters": {"config": '{"version_policy": {"latest": {"num_versions": 0}}}'}}, "version_policy must be"),
-        ({"parameters": {"config": '{"version_policy": {"specific": {"versions": [true]}}}'}}, "version_policy must be"),
+        (
+            {"parameters": {"config": '{"version_policy": {"specific": {"versions": [true]}}}'}},
+            "version_policy must be",
+        ),
     ],
 )
 def test_a_load_that_cannot_be_followed_is_the_clients_fault(server: Server, body: Any, complaint: str) -> None:
@@ -171,7 +174,7 @@ def test_unknown_models_and_broken_versions_are_told(server: Server, client: Any
         client.unload_model("nobody")
     server.publish()
     (server.store.root / "late" / "2" / "model.onnx").write_bytes(b"")
-    with pytest.raises(InferenceServerException, match="failed to load 'late': version 2.*version 1 keeps answering"):
+    with pytest.raises(InferenceServerException, match=r"failed to load 'late': version 2.*version 1 keeps answering"):
         client.load_model("late")
     assert server.served() == [[("1", "READY")], [("1", "READY")]]
     (failed,) = [one for one in client.get_model_repository_index() if one["version"] == "2"]

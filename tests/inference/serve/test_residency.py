@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelyard.inference.serve.residency import Key, Resident, can_ever_fit, evictions
+from modelyard.inference.serve.models.residency import Key, Resident, can_ever_fit, evictions
 
 
 def resident(name: str, memory_bytes: int, used_s: float, **flags: bool) -> Resident:

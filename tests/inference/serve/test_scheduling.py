@@ -8,8 +8,8 @@ import pytest
 
 from modelyard.bundle.profile import Latency
 from modelyard.errors import ConfigError
-from modelyard.inference.serve.latency_model import LatencyModel
-from modelyard.inference.serve.scheduling import Batch, Decision, Policy, Refusal, Scheduler
+from modelyard.inference.serve.scheduling.latency_model import LatencyModel
+from modelyard.inference.serve.scheduling.scheduling import Batch, Decision, Policy, Refusal, Scheduler
 
 MS = 1e-3
 

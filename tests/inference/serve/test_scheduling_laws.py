@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelyard.bundle.profile import Latency
-from modelyard.inference.serve.latency_model import LatencyModel
-from modelyard.inference.serve.scheduling import Batch, Policy, Scheduler
+from modelyard.inference.serve.scheduling.latency_model import LatencyModel
+from modelyard.inference.serve.scheduling.scheduling import Batch, Policy, Scheduler
 
 
 @dataclass(slots=True, eq=False)

@@ -11,10 +11,10 @@ import pytest
 from msgspec import structs
 
 from modelyard.errors import ConfigError
-from modelyard.inference.serve.config import ModelConfig, RunConfig, ServeConfig, ServerConfig, load_config
-from modelyard.inference.serve.loading import ModelSettings
-from modelyard.inference.serve.traffic import Traffic
-from modelyard.inference.serve.versions import VersionPolicy
+from modelyard.inference.serve.models.config import ModelConfig, RunConfig, ServeConfig, ServerConfig, load_config
+from modelyard.inference.serve.models.loading import ModelSettings
+from modelyard.inference.serve.models.traffic import Traffic
+from modelyard.inference.serve.models.versions import VersionPolicy
 from modelyard.schema import to_builtins
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "serve-toml.md"
@@ -99,7 +99,7 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, complaint: str) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read"):
         load_config(tmp_path / "nowhere.toml")
 
 

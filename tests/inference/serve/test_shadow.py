@@ -9,11 +9,11 @@ import pytest
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.inference.serve.calls import Call, Run
 from modelyard.inference.serve.executor import Executor
-from modelyard.inference.serve.latency_model import LatencyModel
-from modelyard.inference.serve.loading import Loaded
+from modelyard.inference.serve.models.loading import Loaded
+from modelyard.inference.serve.models.shadow import MAX_PENDING, Mirror, Shadow, ShadowCounts, compare, same_inputs
 from modelyard.inference.serve.packing import Packer
-from modelyard.inference.serve.scheduling import Policy, Scheduler
-from modelyard.inference.serve.shadow import MAX_PENDING, Mirror, Shadow, ShadowCounts, compare, same_inputs
+from modelyard.inference.serve.scheduling.latency_model import LatencyModel
+from modelyard.inference.serve.scheduling.scheduling import Policy, Scheduler
 
 X = TensorSpec(name="x", datatype="FP32", shape=(BATCH,))
 Y = TensorSpec(name="y", datatype="FP32", shape=(BATCH,))
@@ -37,7 +37,9 @@ def test_rows_agree_that_have_the_same_label_whatever_their_scores() -> None:
 
 def test_without_labels_of_their_own_the_best_score_is_the_label() -> None:
     signature = Signature(inputs=(X,), outputs=(SCORES,))
-    found = compare({"scores": floats([0.2, 0.8], [0.6, 0.4])}, {"scores": floats([0.4, 0.6], [0.4, 0.6])}, signature, 2)
+    found = compare(
+        {"scores": floats([0.2, 0.8], [0.6, 0.4])}, {"scores": floats([0.4, 0.6], [0.4, 0.6])}, signature, 2
+    )
     assert found.n_agreeing == 1
 
 

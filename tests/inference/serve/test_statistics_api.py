@@ -11,8 +11,8 @@ import tritonclient.http as triton
 from side_server import SideServer, ask, side_server
 
 from modelyard.errors import RequestError
-from modelyard.inference.serve.repository import Pick
-from modelyard.inference.serve.statistics_api import LogControl, TraceControl, TraceSettings
+from modelyard.inference.serve.models.repository import Pick
+from modelyard.inference.serve.protocols.statistics_api import LogControl, TraceControl, TraceSettings
 
 MODELS = ("flights", "images", "patient", "tabular")
 

@@ -18,8 +18,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from modelyard.errors import ConfigError
-from modelyard.inference.serve.observe import Timeline
-from modelyard.inference.serve.tracing import Tracer
+from modelyard.inference.serve.metrics.observe import Timeline
+from modelyard.inference.serve.metrics.tracing import Tracer
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
@@ -242,7 +242,7 @@ def test_without_the_extra_it_is_named() -> None:
     script = (
         "import sys\n"
         "sys.modules['opentelemetry'] = None\n"
-        "from modelyard.inference.serve.tracing import Tracer\n"
+        "from modelyard.inference.serve.metrics.tracing import Tracer\n"
         "try:\n"
         "    Tracer().start()\n"
         "except ImportError as exc:\n"
@@ -259,7 +259,7 @@ def test_without_the_extra_it_is_named() -> None:
 def test_nothing_of_opentelemetry_is_imported_before_the_start() -> None:
     script = (
         "import sys\n"
-        "from modelyard.inference.serve.tracing import Tracer\n"
+        "from modelyard.inference.serve.metrics.tracing import Tracer\n"
         "Tracer()\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])\n"
     )

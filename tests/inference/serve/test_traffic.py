@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelyard.errors import ConfigError
-from modelyard.inference.serve.traffic import Sampler, Split, Traffic
+from modelyard.inference.serve.models.traffic import Sampler, Split, Traffic
 from modelyard.schema import convert
 
 KEYS = [f"user-{i}".encode() for i in range(4000)]
@@ -51,7 +51,7 @@ def test_keys_are_split_as_the_weights_say() -> None:
 
 def test_another_process_chooses_alike() -> None:
     code = (
-        "from modelyard.inference.serve.traffic import Split; split = Split('m', {1: 0.3, 2: 0.7}); "
+        "from modelyard.inference.serve.models.traffic import Split; split = Split('m', {1: 0.3, 2: 0.7}); "
         "print([split.choose(b'user-%d' % i) for i in range(50)])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

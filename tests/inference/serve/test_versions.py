@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelyard.errors import ConfigError
-from modelyard.inference.serve.versions import Listing, VersionPolicy, read_policy, wanted
+from modelyard.inference.serve.models.versions import Listing, VersionPolicy, read_policy, wanted
 
 FIVE = Listing((1, 2, 3, 4, 5), {"champion": 2, "challenger": 4, "old": 1})
 

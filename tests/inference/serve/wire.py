@@ -12,12 +12,11 @@ from typing import Any
 
 import orjson
 
-from modelyard.inference.serve.http import Connections, HttpConnection, HttpLimits
-from modelyard.inference.serve.messages import Head, Request, Response
+from modelyard.inference.serve.transport.http import Connections, HttpConnection, HttpLimits
+from modelyard.inference.serve.transport.messages import Head, Request, Response
 
 OWN_ID = re.compile(rb"X-Request-Id: [0-9a-f]{12}-[0-9a-f]+\r\n")
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [A-Z]")
-
 
 
 class Forgetful(dict[bytes, tuple[Head, int]]):

@@ -13,7 +13,7 @@ from modelyard.inference.runtime._base import Arrays
 # that is to fork must have no threads. Whoever wants it sets the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import onnxruntime as ort  # noqa: E402
+import onnxruntime as ort
 
 _FATAL_ONLY = 4
 

@@ -7,8 +7,8 @@ from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from modelyard.inference.serve.front import fault, is_explained
-from modelyard.inference.serve.messages import Request, Response
-from modelyard.inference.serve.routes import Route, Router
+from modelyard.inference.serve.transport.messages import Request, Response
+from modelyard.inference.serve.transport.routes import Route, Router
 
 
 class App:

@@ -12,10 +12,10 @@ import msgspec
 from numpy.typing import NDArray
 
 from modelyard.errors import RequestError
-from modelyard.inference.serve.messages import Head
+from modelyard.inference.serve.transport.messages import Head
 
 if TYPE_CHECKING:
-    from modelyard.inference.serve.repository import Loaded
+    from modelyard.inference.serve.models.repository import Loaded
 
 Part = bytes | memoryview | list[str]
 """One input of a call, its rows one behind the other: little-endian numbers, or texts."""
@@ -86,6 +86,7 @@ class Call:
         "cancelled",
         "deadline_s",
         "error",
+        "explain",
         "finished_s",
         "first_row",
         "form",
@@ -118,6 +119,8 @@ class Call:
         self.timeout_s: float | None = None
         """Asked for in the body; None takes the headers' or the model's."""
         self.priority = 0
+        self.explain = False
+        """Whether the answer is to tell the call's timeline."""
         self.terms = NO_TERMS
         self.queued = False
         self.cancelled = False

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from modelyard.errors import DeadlineExceeded, Overloaded, RequestError
 from modelyard.inference.runtime import Engine
 from modelyard.inference.serve.calls import Call, Run
-from modelyard.inference.serve.observe import ModelMetrics
+from modelyard.inference.serve.metrics.observe import ModelMetrics
 from modelyard.inference.serve.packing import Packer
-from modelyard.inference.serve.scheduling import Batch, Refusal, Scheduler
+from modelyard.inference.serve.scheduling.scheduling import Batch, Refusal, Scheduler
 
 INLINE_BELOW_S = 200e-6
 """Handing a run to a thread and its result back costs about this much, and wakes a second core."""

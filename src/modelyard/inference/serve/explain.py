@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from modelyard.inference.serve.calls import Call
-from modelyard.inference.serve.messages import Response
+from modelyard.inference.serve.transport.messages import Response
 
 TIMELINE = b"Modelyard-Timeline"
 

@@ -24,10 +24,10 @@ from modelyard.errors import (
 )
 from modelyard.inference.serve.calls import Call, Terms
 from modelyard.inference.serve.explain import explained, timeline
-from modelyard.inference.serve.messages import Request, Response, error_response, json_response
-from modelyard.inference.serve.observe import ServerMetrics
-from modelyard.inference.serve.repository import COLD_PATIENCE_S, Loaded, Repository
-from modelyard.inference.serve.vocabulary import Outcome
+from modelyard.inference.serve.metrics.observe import ServerMetrics
+from modelyard.inference.serve.metrics.vocabulary import Outcome
+from modelyard.inference.serve.models.repository import COLD_PATIENCE_S, Loaded, Repository
+from modelyard.inference.serve.transport.messages import Request, Response, error_response, json_response
 
 _CAUSES: dict[type, str] = {
     UnknownModel: "unknown_model",
@@ -88,7 +88,7 @@ class Front:
         except Cold as cold:
             self._wait(asker, terms, adapter, cold)
         except Exception as exc:  # noqa: BLE001  # becomes the answer; a bug goes to the log as well
-            self._refuse(asker, adapter, exc, None)
+            self._refuse(asker, adapter, exc, terms)
         else:
             self._ask(asker, terms, adapter, loaded, asker.arrived_s)
 
@@ -100,7 +100,7 @@ class Front:
             self._ask(asker, terms, adapter, loaded, asker.arrived_s if terms.timeout_s else perf_counter())
 
         def otherwise(error: Exception) -> None:
-            self._refuse(asker, adapter, error, None)
+            self._refuse(asker, adapter, error, terms)
 
         deadline_s = asker.arrived_s + (terms.timeout_s or COLD_PATIENCE_S)
         asker.on_gone = self._repository.when_ready(cold, deadline_s, then, otherwise)
@@ -137,6 +137,7 @@ class Front:
             call.arrived_s = asker.arrived_s
             call.deadline_s = since_s + (call.timeout_s or budget_s)
             call.priority = call.priority or terms.priority
+            call.explain = call.explain or terms.explain
             call.terms = terms
             call.on_done = self._done
             if loaded.cache is not None and self._is_cached(call, loaded, now_s):
@@ -144,7 +145,7 @@ class Front:
             executor.submit(call)
             asker.on_gone = call.cancel
         except Exception as exc:  # noqa: BLE001  # as above
-            self._refuse(asker, adapter, exc, loaded)
+            self._refuse(asker, adapter, exc, terms, loaded)
 
     def _is_cached(self, call: Call, loaded: Loaded, now_s: float) -> bool:
         """Answer from the cache, if an equal call was answered before."""
@@ -181,11 +182,18 @@ class Front:
                 if loaded.shadow is not None:
                     loaded.shadow.offer(call)
                 return
-        self._refuse(asker, adapter, error, loaded, call)
+        self._refuse(asker, adapter, error, call.terms, loaded, call)
 
     def _refuse(
-        self, asker: Asker, adapter: Adapter, error: Exception, loaded: Loaded | None, call: Call | None = None
+        self,
+        asker: Asker,
+        adapter: Adapter,
+        error: Exception,
+        terms: Terms,
+        loaded: Loaded | None = None,
+        call: Call | None = None,
     ) -> None:
+        """Answer with an error; `call` is there when it was admitted."""
         asker.on_gone = None
         if not is_explained(error):
             text = "".join(traceback.format_exception(error))
@@ -193,6 +201,12 @@ class Front:
         metrics = None if loaded is None else loaded.executor.metrics
         ended = self._metrics.ended if metrics is None else metrics.ended
         ended(adapter.protocol, *outcome_of(error, admitted=call is not None))
+        if call is None and loaded is not None:  # what the log and a timeline can tell of it
+            call = Call((), 0)
+            call.asker, call.adapter, call.loaded, call.terms, call.explain = asker, adapter, loaded, terms, terms.explain
+            call.arrived_s = asker.arrived_s
+            call.deadline_s = asker.arrived_s + (terms.timeout_s or loaded.target_s)
+            call.error = error
         adapter.fail(asker, error, call)
 
 
@@ -236,7 +250,7 @@ class HttpAdapter:
 
     def done(self, request: Request, call: Call) -> None:
         response = self.write(request, call)
-        if call.terms.explain:
+        if call.explain:
             response = explained(response, timeline(call))
         request.served = call
         request.reply(response)
@@ -245,6 +259,6 @@ class HttpAdapter:
         response = fault(error, request.request_id)
         if call is not None:
             request.served = call
-            if call.terms.explain:
+            if call.explain:
                 response = explained(response, timeline(call))
         request.reply(response)

@@ -95,7 +95,9 @@ class Client:
 class Load:
     """Threads that send one request after the other, each on its own connection, until `stop` or `n_requests` in all."""
 
-    def __init__(self, address: Address, requests: Sequence[bytes], n_clients: int, n_requests: int | None = None) -> None:
+    def __init__(
+        self, address: Address, requests: Sequence[bytes], n_clients: int, n_requests: int | None = None
+    ) -> None:
         self.outcomes: list[Outcome] = []
         self._address = address
         self._requests = requests

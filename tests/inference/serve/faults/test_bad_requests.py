@@ -30,7 +30,11 @@ def infer(body: Any, raw: bytes = b"", length: bytes | None = None, *, path: str
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     if length is None:
         length = b"%d" % len(text)
-    return post(path, text + raw, *([b"Inference-Header-Content-Length: " + length] if raw or length != b"%d" % len(text) else []))
+    return post(
+        path,
+        text + raw,
+        *([b"Inference-Header-Content-Length: " + length] if raw or length != b"%d" % len(text) else []),
+    )
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
@@ -175,7 +179,9 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     from conftest import serving
 
     log = tmp_path_factory.mktemp("bad") / "server.log"
-    with serving(store, log, "--workers", "2", "--max-body-bytes", str(MAX_BODY), "--access-log-sample", "0") as running:
+    with serving(
+        store, log, "--workers", "2", "--max-body-bytes", str(MAX_BODY), "--access-log-sample", "0"
+    ) as running:
         yield running
         assert running.process.poll() is None, log.read_text()
         assert "Traceback" not in log.read_text(), log.read_text()

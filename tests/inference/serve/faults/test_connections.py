@@ -116,7 +116,7 @@ def test_slow_clients_are_cut_off_while_others_are_served(store: Path, serve: An
     with serve(store, "--workers", "2", "--model", "tabular", "--read-timeout", "1") as server:
         files_before = n_open_files(server)
         with opened(server.address, 400) as slow, under_load(server.address, [PREDICT], 2) as load:
-            answers = {one: b"" for one in slow}
+            answers = dict.fromkeys(slow, b"")
             with selectors.DefaultSelector() as selector:
                 for number, one in enumerate(slow):
                     one.sendall(starts[number % len(starts)])
@@ -159,6 +159,7 @@ def test_clients_that_vanish_leave_nothing(store: Path, serve: Any) -> None:
     """Closed in the middle of a head, of a body, after the request: with a farewell or with a reset."""
     reset = struct.pack("ii", 1, 0)
     with serve(store, "--workers", "2", "--model", "tabular") as server:
+
         def vanish(n: int) -> None:
             for number in range(n):
                 one = socket.create_connection(server.address, timeout=PATIENCE_S)
@@ -212,18 +213,20 @@ def test_pipelined_requests_of_many_clients_are_answered_in_order(store: Path, s
 
 
 def test_more_connections_than_allowed_wait_and_are_served_in_the_end(store: Path, serve: Any) -> None:
-    with serve(store, "--workers", "2", "--model", "tabular", "--max-connections", "50") as server:
-        with opened(server.address, 50) as first:
+    with (
+        serve(store, "--workers", "2", "--model", "tabular", "--max-connections", "50") as server,
+        opened(server.address, 50) as first,
+    ):
+        for one in first:
+            one.sendall(LIVE)
+            assert one.recv(12) == b"HTTP/1.1 200"
+        with opened(server.address, 20) as late:
+            for one in late:
+                one.sendall(PREDICT)
             for one in first:
-                one.sendall(LIVE)
+                one.close()
+            for one in late:
                 assert one.recv(12) == b"HTTP/1.1 200"
-            with opened(server.address, 20) as late:
-                for one in late:
-                    one.sendall(PREDICT)
-                for one in first:
-                    one.close()
-                for one in late:
-                    assert one.recv(12) == b"HTTP/1.1 200"
 
 
 def test_http_1_0_clients_are_answered_and_closed(store: Path, serve: Any) -> None:

@@ -1,0 +1,1 @@
+"""The serving benchmark: our server and its peers, in turns, on one machine. Start with `python -m bench.serve --help`."""

@@ -1,0 +1,1 @@
+"""What runs when, and where: pure decisions, fed what happens and when."""
