@@ -8,8 +8,10 @@ What is missing is installed first. Results go to .cache/bench-serve/results/. C
 """
 
 import argparse
+import atexit
 import contextlib
 import io
+import shutil
 import signal
 import sys
 import time
@@ -29,7 +31,7 @@ from .footprint import footprint
 from .generators import Patience
 from .mid import mid
 from .overload import overload
-from .places import HOME, RESULTS
+from .places import RESULTS, SCRATCH
 from .quick import look
 from .synthetic import synthetic
 from .tiny import tiny_binary, tiny_json
@@ -65,7 +67,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, help="fresh starts of each server; default 3, with --quick 1")
     parser.add_argument("--seconds", type=int, help="of one closed-loop measurement; default 2, with --quick 1")
     parser.add_argument(
-        "--patience", type=float, default=600, metavar="S", help="to spend on disturbed measurements; default 600"
+        "--patience", type=float, metavar="S", help="to wait for a quiet machine in all; default 600, with --quick 20"
     )
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the Markdown here too, e.g. docs/benchmarks.md"
@@ -78,7 +80,8 @@ def main() -> int:
     if unknown := set(sections) - set(known):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
 
-    HOME.mkdir(parents=True, exist_ok=True)
+    SCRATCH.mkdir(parents=True)
+    atexit.register(shutil.rmtree, SCRATCH)
     models.make()
     publish_all()
     mine = ours(*options.serve_args.split(), n_workers=options.workers)
@@ -86,7 +89,7 @@ def main() -> int:
 
 
 def _look(mine: Contender, sections: Sequence[str], options: argparse.Namespace) -> int:
-    run = Run(mine, Pace(options.turns or 1, options.seconds or 1), Patience(options.patience))
+    run = Run(mine, Pace(options.turns or 1, options.seconds or 1), Patience(_or(options.patience, 20)))
     for section in sections:
         workload, peers = QUICK[section]
         if options.peers is not None:
@@ -100,7 +103,7 @@ def _judge(mine: Contender, sections: Sequence[str], options: argparse.Namespace
     run = Run(
         mine,
         Pace(options.turns or 3, options.seconds or 2),
-        Patience(options.patience),
+        Patience(_or(options.patience, 600)),
         with_others=options.peers == "all",
     )
     peers = [peer for section in sections for peer in SECTIONS[section][1]] + list(OTHERS if run.with_others else ())
@@ -129,6 +132,10 @@ def _judge(mine: Contender, sections: Sequence[str], options: argparse.Namespace
     for bar in missed:
         print(f"  missed: {bar.what}")
     return 1 if missed else 0
+
+
+def _or(said: float | None, default: float) -> float:
+    return default if said is None else said
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ A peer is a module of `apps` in a virtual environment of its own. It gets its se
 MODEL_PATH, PORT, GRPC_PORT, FOLDER, and those of `settings`. notes.md says what was tried.
 """
 
-import itertools
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,8 +18,6 @@ from pathlib import Path
 from .places import HERE, HOME, LOGS, ROOT, STORES, VENVS
 from .processes import TOLERANCE, Asking, Server, ServerFailed
 from .workloads import MID, SLEEP, TINY, Workload
-
-_ports = itertools.count(int(os.environ.get("BENCH_PORT", "18100")), 2)
 
 Settings = Mapping[str, Mapping[str, str | int]]
 
@@ -50,7 +49,7 @@ class Contender:
     def start(self, workload: Workload) -> "Running":
         """Start a fresh server of the workload's model."""
         model = workload.model
-        port = next(_ports)
+        port = _free_ports()
         bin_folder = VENVS / self.venv / "bin" if self.venv else Path(sys.prefix) / "bin"
         folder = HOME / f"{self.name}-{model.name}"
         command = self.command.format(
@@ -295,6 +294,22 @@ OTHERS = (
     ),
 )
 CONTENDERS = {contender.name: contender for contender in (*MOSEC, MOSEC_MID, TRITON, FASTAPI, *BARE, *OTHERS)}
+
+
+def _free_ports() -> int:
+    """Return a port that is free, as is the one after it.
+
+    From below the range of outgoing connections, and at random, so that two runs on one machine do not meet.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000, 2)
+        try:
+            for each in (port, port + 1):
+                with socket.create_server(("127.0.0.1", each)):
+                    pass
+        except OSError:
+            continue
+        return port
 
 
 def publish(model_file: Path, name: str, store: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from .places import HERE, HOME, OPEN_LOOP, PERF
+from .places import HERE, OPEN_LOOP, PERF, SCRATCH
 from .processes import Server, machine_cpu_s
 
 NOISY = 0.15  # cores
@@ -136,7 +136,7 @@ class GeneratorFailed(RuntimeError):
 def wrk(server: Server, n_connections: int, seconds: float, patience: Patience) -> ClosedLoop:
     """Return the closed-loop throughput of `server` on one fixed row."""
     post = server.post()
-    body = HOME / "wrk_body"
+    body = SCRATCH / "wrk_body"
     body.write_bytes(post.body)
     headers = "\n".join(f"{name}: {value}" for name, value in post.headers.items())
     command = [
@@ -172,7 +172,7 @@ def open_loop(
         target_s: latency within which an answer is in time; the workload's own by default.
         latencies: receives (sent at, latency) of every answer, see open_loop.c.
     """
-    request = HOME / "request"
+    request = SCRATCH / "request"
     request.write_bytes(server.post().raw())
     command = [
         str(OPEN_LOOP), str(server.port), str(request), f"{rate_per_s:.3f}", str(seconds), str(n_connections),
@@ -192,7 +192,7 @@ def perf_analyzer(
     server: Server, port: int, protocol: str, concurrency: int, seconds: float, patience: Patience
 ) -> PerfAnalyzer:
     """Return what perf_analyzer gets over `protocol`, http or grpc, at `port`."""
-    data, table = HOME / "perf_input.json", HOME / "perf.csv"
+    data, table = SCRATCH / "perf_input.json", SCRATCH / "perf.csv"
     model = server.workload.model
     row = {model.input: {"content": server.x[0].ravel().tolist(), "shape": list(model.shape)}}
     data.write_text(json.dumps({"data": [row]}))

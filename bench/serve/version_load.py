@@ -23,7 +23,7 @@ from . import models
 from .bars import Bar, Findings, Table, ms, spread
 from .contenders import publish, without_target
 from .generators import NONE, Cores, GeneratorFailed, OpenLoop, open_loop
-from .places import HOME, STORES
+from .places import SCRATCH, STORES
 from .processes import Server
 from .turns import Run, say, series
 from .workloads import MID_BINARY, TINY_JSON, Workload
@@ -135,7 +135,7 @@ def version_load(run: Run) -> Findings:
 
 
 def _turn(server: Server, workload: Workload, store: Path, turn: int) -> Tails:
-    file = HOME / "latencies"
+    file = SCRATCH / "latencies"
     rate_per_s = RATES_PER_S[workload.name]
     without, during, windows, load_s, seen = [], [], [], [], []
     for i in range(_N_WINDOWS):

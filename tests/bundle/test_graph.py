@@ -12,9 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from modelyard.bundle import graph as graph_module
 from modelyard.bundle.graph import read_graph
 from modelyard.bundle.manifest import Signature
-from modelyard.errors import SignatureMismatch
+from modelyard.errors import MalformedGraph, SignatureMismatch, TooLarge
 from modelyard.testing.bundles import late_model
 
 VALUE = helper.make_tensor_value_info
@@ -205,3 +206,41 @@ def test_reading_needs_neither_the_onnx_package_nor_a_runtime(tmp_path: Path) ->
         [sys.executable, "-c", code, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=True
     )
     assert ran.stdout == "7 set()\n"
+
+
+def test_a_large_file_is_read_without_its_weights_and_tells_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are cut out before protobuf parses; what is told of the file must not depend on it."""
+    path = tmp_path / "model.onnx"
+    weights = numpy_helper.from_array(np.ones((64, 512), dtype=np.float32), "w")
+    shape = numpy_helper.from_array(np.array([-1, 512], dtype=np.int64), "shape")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["wide"]), helper.make_node("Reshape", ["wide", "shape"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "wide",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 512])],
+        [weights, shape],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    whole = read_graph(path)
+    monkeypatch.setattr(graph_module, "_SMALL_BYTES", 0)
+    assert read_graph(path) == whole
+    assert whole.weight_bytes == 4 * 64 * 512 + 16
+    # A tensor that declares more than its file holds is still found out, and nobody can say how much there is but we.
+    model.graph.initializer[0].dims[0] = 65
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(TooLarge, match="declares 133120 elements or bytes, its file holds 131072"):
+        read_graph(path)
+    forged = b"\xf8\xff\xff\xff\x0f" + b"\xff\xff\xff\x7f"
+    tensor = model.graph.initializer[0].SerializeToString() + forged
+    inner = b"\x2a" + varint(len(tensor)) + tensor
+    path.write_bytes(b"\x3a" + varint(len(inner)) + inner)
+    with pytest.raises(MalformedGraph, match="not an ONNX model"):
+        read_graph(path)
+
+
+def varint(value: int) -> bytes:
+    return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])

@@ -38,6 +38,10 @@ MAX_RANK = 64
 MAX_AXIS = 2**31 - 1
 """The longest axis that a manifest can hold."""
 _SMALL_BYTES = 2**22  # cannot unpack to much, whatever is in it
+_KEPT_BYTES = 8 * MAX_RANK  # of raw_data: what a constant shape takes
+_WINDOW_BYTES = 2**16
+_MAX_FIELD_HEADER_BYTES = 20  # two varints
+_RAW_BYTES = 2**29 - 1  # the number of a field of our own, the highest there is
 
 # TensorProto.DataType: number → (our datatype or None where a signature cannot carry it, bits per element).
 _ELEMENT_TYPES: dict[int, tuple[str | None, int]] = {
@@ -129,10 +133,9 @@ def read_graph(
         raise TooLarge(
             f"{path}: {size_bytes} bytes, the limit is {limits.max_file_bytes}; keep large weights as external data or raise the limit"
         )
-    raw = path.read_bytes()
-    if size_bytes > _SMALL_BYTES:
-        _bound_fields(raw, limits.max_graph_fields, path)
-    message = _messages()["Model"]()
+    weights_cut = size_bytes > _SMALL_BYTES
+    raw = _without_weights(path, limits.max_graph_fields) if weights_cut else path.read_bytes()
+    message = _messages(weights_cut=weights_cut)["Model"]()
     try:
         message.ParseFromString(raw)
     except Exception as exc:  # google.protobuf.message.DecodeError; the name is not importable without protobuf
@@ -235,7 +238,7 @@ class _Reader:
         elif datatype == "BYTES":
             self.require_elements(name, n_elements, len(tensor.string_data))
         elif tensor.HasField("raw_data"):
-            self.require_elements(name, n_bytes, len(tensor.raw_data))
+            self.require_elements(name, n_bytes, getattr(tensor, "raw_bytes", len(tensor.raw_data)))
         else:
             stored = max(
                 len(values)
@@ -410,17 +413,38 @@ def _present(message: Any, name: str) -> Iterator[Any]:
         yield getattr(message, name)
 
 
-def _bound_fields(raw: bytes, max_fields: int, path: Path) -> None:
-    """Raise TooLarge when the file has more fields than that, without building any of them; weights are skipped in one step.
+def _without_weights(path: Path, max_fields: int) -> bytes:
+    """Return the file with at most `_KEPT_BYTES` of each tensor's raw_data, and beside it how many there are as raw_bytes.
+
+    Only headers and names are read, so that a model of gigabytes takes no more time and memory than one of the same layers.
+    Protobuf, which holds the interpreter lock while it parses, gets little to do; and no weights are freed under that lock.
+
+    Raises:
+        TooLarge: the file has more than `max_fields` fields.
+        MalformedGraph: it is not made of fields.
 
     Source: https://protobuf.dev/programming-guides/encoding/
     """
     kinds = {name: {number: kind.rstrip("*") for number, kind in fields.values()} for name, fields in _MESSAGES.items()}
+    raw_data = _MESSAGES["Tensor"]["raw_data"][0]
     n_fields = 0
-    open_ = [("Model", 0, len(raw))]
-    try:
-        while open_:
-            message, at, end = open_.pop()
+    window, window_at = b"", 0
+
+    with path.open("rb", buffering=0) as stream:
+
+        def read(at: int, n_bytes: int) -> bytes:
+            """Return what stands at a place in the file."""
+            if window_at <= at and at + n_bytes <= window_at + len(window):
+                return window[at - window_at : at - window_at + n_bytes]
+            stream.seek(at)
+            found = stream.read(n_bytes)
+            if len(found) < n_bytes:
+                raise IndexError
+            return found
+
+        def copied(message: str, at: int, end: int) -> bytes:
+            nonlocal n_fields, window, window_at
+            parts: list[bytes] = []
             while at < end:
                 n_fields += 1
                 if n_fields > max_fields:
@@ -428,20 +452,51 @@ def _bound_fields(raw: bytes, max_fields: int, path: Path) -> None:
                         f"{path}: more than {max_fields} protobuf fields, which is the limit; this looks like an attack on "
                         "memory; raise the limit if it is not"
                     )
-                key, at = _varint(raw, at)
-                wire_type = key & 7
+                if not window_at <= at <= window_at + len(window) - _MAX_FIELD_HEADER_BYTES:
+                    stream.seek(at)
+                    window, window_at = stream.read(_WINDOW_BYTES), at
+                start = at
+                key, at = _varint(window, start - window_at)
+                number, wire_type = key >> 3, key & 7
+                if message == "Tensor" and number == _RAW_BYTES:
+                    raise KeyError  # ours; no ONNX file has it
                 if wire_type == 0:
-                    _, at = _varint(raw, at)
+                    _, at = _varint(window, at)
+                    at += window_at
                 elif wire_type == 2:
-                    n_bytes, at = _varint(raw, at)
-                    kind = kinds[message].get(key >> 3)
+                    n_bytes, value_at = _varint(window, at)
+                    value_at += window_at
+                    at = value_at + n_bytes
+                    if at > end:
+                        raise IndexError
+                    kind = kinds[message].get(number)
                     if kind in _MESSAGES:
-                        open_.append((kind, at, min(at + n_bytes, end)))
-                    at += n_bytes
+                        inner = copied(kind, value_at, at)
+                        parts += (_as_varint(key), _as_varint(len(inner)), inner)
+                        continue
+                    if message == "Tensor" and number == raw_data:
+                        kept = read(value_at, min(n_bytes, _KEPT_BYTES))
+                        parts += (_as_varint(key), _as_varint(len(kept)), kept)
+                        parts += (_as_varint(_RAW_BYTES << 3), _as_varint(n_bytes))
+                        continue
                 else:
-                    at += {1: 8, 5: 4}[wire_type]
-    except (IndexError, KeyError) as exc:  # a number that does not end, a wire type that ONNX does not use
-        raise MalformedGraph(f"{path}: not an ONNX model; export it again") from exc
+                    at += window_at + {1: 8, 5: 4}[wire_type]
+                parts.append(read(start, at - start))
+            return b"".join(parts)
+
+        try:
+            return copied("Model", 0, path.stat().st_size)
+        except (IndexError, KeyError, RecursionError) as exc:  # a number without end, a wire type ONNX has not
+            raise MalformedGraph(f"{path}: not an ONNX model; export it again") from exc
+
+
+def _as_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
@@ -463,8 +518,12 @@ def _domain(raw: bytes) -> str:
 
 
 @functools.cache
-def _messages() -> dict[str, Any]:
-    """Build protobuf classes from `_MESSAGES`, in a pool of their own so that they never meet the `onnx` package's."""
+def _messages(*, weights_cut: bool = False) -> dict[str, Any]:
+    """Build protobuf classes from `_MESSAGES`, in a pool of their own so that they never meet the `onnx` package's.
+
+    Args:
+        weights_cut: for what `_without_weights` returns.
+    """
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ImportError as exc:
@@ -472,9 +531,10 @@ def _messages() -> dict[str, Any]:
 
     field_type = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="modelyard_onnx.proto", package="modelyard", syntax="proto2")
+    cut = {"Tensor": {"raw_bytes": (_RAW_BYTES, "int64")}} if weights_cut else {}
     for message_name, fields in _MESSAGES.items():
         message = file.message_type.add(name=message_name)
-        for field_name, (number, kind) in fields.items():
+        for field_name, (number, kind) in (fields | cut.get(message_name, {})).items():
             scalar = kind.rstrip("*")
             entry = message.field.add(name=field_name, number=number)
             entry.label = field_type.LABEL_REPEATED if kind.endswith("*") else field_type.LABEL_OPTIONAL

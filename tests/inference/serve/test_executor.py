@@ -79,7 +79,7 @@ def executor_of(
     sizes: tuple[int, ...] = (),
     n_instances: int = 1,
     target_s: float = 60.0,
-    waits: bool = False,
+    waits: bool = True,
 ) -> Executor:
     """Return an executor; `waits` for company where that gains something, as it is by default."""
     policy = Policy(
@@ -206,7 +206,12 @@ def test_every_call_is_answered_once_with_its_own_rows_and_its_own_error(
     max_batch_size, sizes = shape
     engine = Summing(sizes)
     executor = executor_of(
-        engine, inline_below_s=inline_below_s, max_batch_size=max_batch_size, sizes=sizes, n_instances=n_instances
+        engine,
+        inline_below_s=inline_below_s,
+        max_batch_size=max_batch_size,
+        sizes=sizes,
+        n_instances=n_instances,
+        waits=n_instances == 1,
     )
     asyncio.run(submit_all(executor, asked))
     for one in asked:
@@ -230,9 +235,7 @@ def test_whatever_the_deadlines_a_call_is_refused_or_answered_and_never_both(
     for number, one in enumerate(asked):
         one.timeout_s = timeouts_s[number % len(timeouts_s)]
         one.nan = one.poisoned = False
-    executor = executor_of(
-        Summing(), inline_below_s=inline_below_s, n_instances=n_instances, target_s=0.02, waits=True
-    )
+    executor = executor_of(Summing(), inline_below_s=inline_below_s, n_instances=n_instances, target_s=0.02)
     asyncio.run(submit_all(executor, asked))
     for one in asked:
         if one.refused is not None:
@@ -308,10 +311,10 @@ def test_close_finishes_what_runs_and_frees_the_engine_after_it() -> None:
         await asyncio.to_thread(engine.started.wait, 60)
         closing = asyncio.create_task(asyncio.to_thread(executor.close))
         await asyncio.sleep(0)
-        assert not engine.closed
+        too_early = engine.closed
         engine.go_on.set()
         await closing
-        assert engine.closed
+        assert (too_early, engine.closed) == (False, True)
         await asyncio.wait_for(done.wait(), 60)
         return one
 

@@ -1,10 +1,8 @@
 """Laws of the HTTP edge, for any bytes: nothing raises, and neither the cutting into pieces nor what was seen before matters."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from wire import Later, at_once, connections, converse, cut, statuses
@@ -79,40 +77,32 @@ def streams(draw: st.DrawFn) -> bytes:
 places = st.lists(st.integers(0, 2000), max_size=8)
 
 
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-def talk(runner: asyncio.Runner, pieces: list[bytes], **options: Any) -> tuple[bytes, bool]:
+def talk(pieces: list[bytes], **options: Any) -> tuple[bytes, bool]:
     """Return what `pieces` are answered by a server that knows nothing yet."""
 
     async def main() -> tuple[bytes, bool]:
         return converse(connections(at_once, **options), pieces)
 
-    return runner.run(main())
+    return asyncio.run(main())
 
 
 @given(data=st.binary(max_size=200) | streams())
 @example(b"GET / HTTP/1.1\r\nHost:\r\nX: y\r\n\r\n")
-def test_any_bytes_are_answered_without_a_fault_of_ours(runner: asyncio.Runner, data: bytes) -> None:
-    answers, _ = talk(runner, [data])
+def test_any_bytes_are_answered_without_a_fault_of_ours(data: bytes) -> None:
+    answers, _ = talk([data])
     assert set(statuses(answers)) <= {100, 200, 400, 405, 413, 415, 431}
 
 
 @given(data=streams(), at=places)
 @example(b"GET / HTTP/1.1\r\nHost:\r\nX: y\r\n\r\n", [21, 22])
-def test_the_answers_do_not_depend_on_how_the_bytes_are_cut(runner: asyncio.Runner, data: bytes, at: list[int]) -> None:
-    whole = talk(runner, [data], remembers=False)
-    assert talk(runner, cut(data, at), remembers=False) == whole
-    assert talk(runner, cut(data, range(len(data))), remembers=False) == whole
+def test_the_answers_do_not_depend_on_how_the_bytes_are_cut(data: bytes, at: list[int]) -> None:
+    whole = talk([data], remembers=False)
+    assert talk(cut(data, at), remembers=False) == whole
+    assert talk(cut(data, range(len(data))), remembers=False) == whole
 
 
 @given(data=streams(), before=st.lists(streams(), max_size=2), at=places)
-def test_a_head_seen_before_changes_no_answer(
-    runner: asyncio.Runner, data: bytes, before: list[bytes], at: list[int]
-) -> None:
+def test_a_head_seen_before_changes_no_answer(data: bytes, before: list[bytes], at: list[int]) -> None:
     """Heads are looked up only where a piece is one whole request, so the requests are sent like that too."""
     pieces = [part + b"\r\n\r\n" for part in data.split(b"\r\n\r\n")]
     pieces[-1] = pieces[-1][:-4]
@@ -123,14 +113,12 @@ def test_a_head_seen_before_changes_no_answer(
             converse(shared, [stream])
         return [converse(shared, sent) for sent in (pieces, [data], cut(data, at), pieces)]
 
-    for sent, answers in zip((pieces, [data], cut(data, at), pieces), runner.run(warm()), strict=True):
-        assert answers == talk(runner, sent, remembers=False)
+    for sent, answers in zip((pieces, [data], cut(data, at), pieces), asyncio.run(warm()), strict=True):
+        assert answers == talk(sent, remembers=False)
 
 
 @given(requests=st.lists(plain, max_size=6))
-def test_whole_requests_sent_one_by_one_are_looked_up_and_answered_alike(
-    runner: asyncio.Runner, requests: list[bytes]
-) -> None:
+def test_whole_requests_sent_one_by_one_are_looked_up_and_answered_alike(requests: list[bytes]) -> None:
     requests.append(b"GET /last HTTP/1.1\r\nHost: x\r\n\r\n")
 
     async def warm() -> tuple[bytes, bool]:
@@ -139,23 +127,23 @@ def test_whole_requests_sent_one_by_one_are_looked_up_and_answered_alike(
         assert requests[-1] in shared.heads
         return converse(shared, requests)
 
-    assert runner.run(warm()) == talk(runner, requests, remembers=False)
+    assert asyncio.run(warm()) == talk(requests, remembers=False)
 
 
 @given(data=streams(), ranks=st.lists(st.integers(0, 9), min_size=1, max_size=8), at=places)
 def test_answers_leave_in_the_order_of_the_requests_whenever_they_become_ready(
-    runner: asyncio.Runner, data: bytes, ranks: list[int], at: list[int]
+    data: bytes, ranks: list[int], at: list[int]
 ) -> None:
     async def later() -> tuple[bytes, bool]:
         handler = Later(ranks)
         return converse(connections(handler), cut(data, at), stalled=handler.answer_all)
 
-    assert runner.run(later()) == talk(runner, [data], remembers=False)
+    assert asyncio.run(later()) == talk([data], remembers=False)
 
 
 @given(n_requests=st.integers(60, 300), at=places)
 def test_a_client_that_pipelines_without_end_is_read_no_further_than_it_is_answered(
-    runner: asyncio.Runner, n_requests: int, at: list[int]
+    n_requests: int, at: list[int]
 ) -> None:
     request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -163,5 +151,5 @@ def test_a_client_that_pipelines_without_end_is_read_no_further_than_it_is_answe
         handler = Later([0])
         return converse(connections(handler), [request] * n_requests, stalled=handler.answer_all)
 
-    answers, _ = runner.run(main())
+    answers, _ = asyncio.run(main())
     assert statuses(answers) == [200] * n_requests

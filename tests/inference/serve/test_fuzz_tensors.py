@@ -45,11 +45,11 @@ def read(body: bytes, length: bytes | None, served: Served) -> Call | str:
     try:
         return Infer().read(Request(Head("POST", "/", headers=headers), body, 0.0), loaded)
     except RequestError as exc:
-        assert exc.status == 400
-        assert 0 < len(str(exc)) < 2000
-        return str(exc)
+        reason = str(exc)
     except RecursionError:
-        return "nested too deeply"  # the front says so
+        reason = "nested too deeply"  # the front says so
+    assert 0 < len(reason) < 2000
+    return reason
 
 
 def in_hand(call: Call) -> tuple[Any, ...]:
@@ -60,7 +60,8 @@ def in_hand(call: Call) -> tuple[Any, ...]:
 
 @st.composite
 def specs(draw: st.DrawFn, name: str) -> TensorSpec:
-    row = draw(st.sampled_from([(), (), (3,), (1,), (2, 2), ("n",), ("n", 2), (0,)]))
+    rows: list[tuple[int | str, ...]] = [(), (), (3,), (1,), (2, 2), ("n",), ("n", 2), (0,)]
+    row = draw(st.sampled_from(rows))
     shape = (BATCH, *row) if draw(st.integers(0, 9)) else row
     return TensorSpec(name=name, datatype=draw(st.sampled_from(ALL)), shape=shape, nullable=draw(st.booleans()))
 
@@ -85,16 +86,17 @@ def arrays(draw: st.DrawFn, spec: TensorSpec, n_rows: int, free: int) -> NDArray
         array = np.empty(n, dtype=object)
         array[:] = texts
         return array.reshape(shape)
+    values: list[Any]
     if spec.datatype in ("FP16", "FP32", "FP64", "BF16"):
-        width = 16 if spec.datatype in ("FP16", "BF16") else 32
-        values = draw(st.lists(st.floats(-60000, 60000, width=width), min_size=n, max_size=n))
+        floats = st.floats(-60000, 60000, width=16 if spec.datatype in ("FP16", "BF16") else 32)
+        values = draw(st.lists(floats, min_size=n, max_size=n))
         if spec.datatype == "BF16":
             return bfloat16_bits(np.array(values, dtype=np.float32)).reshape(shape)
     elif spec.datatype == "BOOL":
-        values = draw(st.lists(st.booleans(), min_size=n, max_size=n))  # type: ignore[arg-type]  # numbers of a kind
+        values = draw(st.lists(st.booleans(), min_size=n, max_size=n))
     else:
         info = np.iinfo(spec.numpy_dtype)
-        values = draw(st.lists(st.integers(int(info.min), int(info.max)), min_size=n, max_size=n))  # type: ignore[arg-type]  # as above
+        values = draw(st.lists(st.integers(int(info.min), int(info.max)), min_size=n, max_size=n))
     return np.array(values, dtype=spec.numpy_dtype).reshape(shape)
 
 
@@ -153,7 +155,7 @@ def test_json_and_binary_are_read_alike(request: tuple[Signature, bytes, bytes, 
         packer.check(call)
 
 
-ODD = st.sampled_from(
+ODD: st.SearchStrategy[Any] = st.sampled_from(
     [
         None, True, -1, 0, 1, 2, 3, 2**31, 2**62, 2**63, 1.5, 1e308, "", "a", "BYTES", "FP32", "fp32", [], {}, [[]], [None], [-1], [2, 2],
         [2**62, 2], [True], ["1"], {"b64": ""}, [{"name": "y"}, {"name": "y"}], [{}], {"binary_data_size": -1}, {"binary_data_size": 2**70},

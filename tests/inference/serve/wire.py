@@ -114,10 +114,10 @@ def at_once(request: Request) -> None:
 
 
 def connections(
-    handler: Callable[[Request], None] = at_once, *, remembers: bool = True, limits: HttpLimits = HttpLimits()
+    handler: Callable[[Request], None] = at_once, *, remembers: bool = True, limits: HttpLimits | None = None
 ) -> Connections:
     """Return what the connections of a server share; in a running loop. Its date stands still."""
-    shared = Connections(handler, limits)
+    shared = Connections(handler, limits or HttpLimits())
     shared.date = b"Thu, 01 Jan 1970 00:00:00 GMT"
     shared.ok_json = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nDate: %b\r\nX-Request-Id: " % shared.date
     if not remembers:

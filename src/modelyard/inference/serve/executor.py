@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from modelyard.errors import DeadlineExceeded, Overloaded, RequestError
+from modelyard.errors import DeadlineExceeded, NotReady, Overloaded, RequestError
 from modelyard.inference.runtime import Engine
 from modelyard.inference.serve.calls import Call, Run
 from modelyard.inference.serve.metrics.observe import ModelMetrics
@@ -120,6 +120,8 @@ class Executor:
             Overloaded, DeadlineExceeded: it would not be done in time.
         """
         call.admitted_s = now_s = perf_counter()
+        if self._closed:
+            raise NotReady(f"{self._name} has just left memory; ask again", retry_after_s=0.1)
         with self._lock:
             refusal = self.scheduler.arrive(call, now_s)
         if refusal is not None:
@@ -188,6 +190,8 @@ class Executor:
                 return
             if inbox is None:
                 self._run_here(batch)
+                if not self.scheduler.queued_rows:
+                    return
             else:
                 inbox.put(batch)
 
@@ -229,7 +233,7 @@ class Executor:
         metrics.batch(run.n_rows, run.n_calls, compute_s, run.reason)
         calls = cast(Sequence[Call], batch.jobs)
         tenant = calls[0].terms.tenant
-        if all(call.terms.tenant == tenant for call in calls):
+        if len(calls) == 1 or all(call.terms.tenant == tenant for call in calls):
             metrics.compute(tenant, compute_s)
         else:  # each pays for its rows
             for call in calls:

@@ -126,11 +126,7 @@ class Front:
                 call = adapter.read(asker, loaded)
             except RecursionError as exc:
                 raise RequestError("the body is nested too deeply; rows and tensors have a few levels at most") from exc
-            if call.n_rows > loaded.max_rows:
-                raise BodyTooLarge(
-                    f"{loaded.name}: at most {loaded.max_rows} rows per request, got {call.n_rows}; split the request, or raise max_rows "
-                    "in serve.toml"
-                )
+            check_rows(call.n_rows, loaded)
             call.asker = asker
             call.adapter = adapter
             call.loaded = loaded
@@ -203,11 +199,27 @@ class Front:
         ended(adapter.protocol, *outcome_of(error, admitted=call is not None))
         if call is None and loaded is not None:  # what the log and a timeline can tell of it
             call = Call((), 0)
-            call.asker, call.adapter, call.loaded, call.terms, call.explain = asker, adapter, loaded, terms, terms.explain
+            call.asker, call.adapter, call.loaded, call.terms, call.explain = (
+                asker,
+                adapter,
+                loaded,
+                terms,
+                terms.explain,
+            )
             call.arrived_s = asker.arrived_s
             call.deadline_s = asker.arrived_s + (terms.timeout_s or loaded.target_s)
             call.error = error
         adapter.fail(asker, error, call)
+        if is_explained(error):  # its frames hold all that was read of the body, and the call holds the error
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
+def check_rows(n_rows: int, loaded: Loaded) -> None:
+    """Raise BodyTooLarge for more rows than one request may have; an adapter that knows early asks before the work."""
+    if n_rows > loaded.max_rows:
+        raise BodyTooLarge(
+            f"{loaded.name}: at most {loaded.max_rows} rows per request, got {n_rows}; split the request, or raise max_rows in serve.toml"
+        )
 
 
 def is_explained(error: Exception) -> bool:

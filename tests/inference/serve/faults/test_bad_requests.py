@@ -5,7 +5,7 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from driver import Client, post, resident_bytes
 pytestmark = pytest.mark.slow
 
 MAX_BODY = 200_000
+"""Of the server that many tests share."""
 FLIGHT = {"dep_hour": 7, "distance": 1.5, "carrier": "UA"}
 FLIGHTS, TABULAR, IMAGES = "/v1/models/flights:predict", "/v1/models/tabular:predict", "/v1/models/images:predict"
 INFER = "/v2/models/tabular/infer"
@@ -173,20 +174,6 @@ CASES: dict[str, tuple[bytes, int, str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two workers of all small models, that are as they were in the end."""
-    from conftest import serving
-
-    log = tmp_path_factory.mktemp("bad") / "server.log"
-    with serving(
-        store, log, "--workers", "2", "--max-body-bytes", str(MAX_BODY), "--access-log-sample", "0"
-    ) as running:
-        yield running
-        assert running.process.poll() is None, log.read_text()
-        assert "Traceback" not in log.read_text(), log.read_text()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_bad_request_gets_its_status_and_a_clear_message(server: Any, name: str) -> None:
     """And the connection, or the next one, goes on as if nothing had been."""
@@ -225,11 +212,12 @@ def various(number: int) -> list[bytes]:
     ]
 
 
-def test_thousands_of_bad_requests_leave_nothing_in_memory(server: Any) -> None:
+def test_thousands_of_bad_requests_leave_nothing_in_memory(store: Path, serve: Any) -> None:
     numbers = itertools.count(1)
     small = [request for request, _, _ in CASES.values() if len(request) < 50_000]
     all_of_them = [request for request, _, _ in CASES.values()]
-    with ExitStack() as stack:
+    options = ("--workers", "2", "--max-body-bytes", str(MAX_BODY))
+    with serve(store, *options) as server, ExitStack() as stack:
         turn = itertools.cycle([stack.enter_context(Client(server.address)) for _ in range(8)])
 
         def send(n_rounds: int, each: Callable[[int], list[bytes]]) -> None:
@@ -244,5 +232,6 @@ def test_thousands_of_bad_requests_leave_nothing_in_memory(server: Any) -> None:
         send(10, lambda _: all_of_them)
         send(400, various)
         after = resident_bytes(server)
+        assert "Traceback" not in server.log.read_text()
     grown = [late - early for early, late in zip(before, after, strict=True)]
     assert max(grown) < 6 * 2**20, (before, after)

@@ -171,8 +171,9 @@ def load(
             n_threads=settings.n_threads,
         )
         if settings.n_threads is None and placement.n_threads > 1:
+            faster = make_engine(bundle, n_threads=placement.n_threads, check=False)
             engine.close()
-            engine = make_engine(bundle, n_threads=placement.n_threads, check=False)
+            engine = faster
         settings = replace(
             settings, target_s=target_s, n_instances=placement.n_instances, n_threads=placement.n_threads
         )

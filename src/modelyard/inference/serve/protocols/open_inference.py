@@ -99,7 +99,12 @@ class Infer(HttpAdapter):
             header = read_header(json_body(json_part), len(body) - length, codec.signature)
             _remember(codec, json_part, header)
         call = _call(header, body, length, codec)
-        call.timeout_s, call.priority, call.explain, call.form = header.timeout_s, header.priority, header.explain, header
+        call.timeout_s, call.priority, call.explain, call.form = (
+            header.timeout_s,
+            header.priority,
+            header.explain,
+            header,
+        )
         return call
 
     def write(self, request: Request, call: Call) -> Response:
@@ -412,10 +417,10 @@ def routes(front: Front, repository: Repository, extensions: Sequence[str] = EXT
 
     def model_ready(request: Request, model: str, version: str | None = None) -> Response:
         entry = repository.entry(model, version)
-        answer = {"name": model, "ready": entry.state == "ready"}
+        answer = {"name": model, "ready": entry.answers}
         if entry.reason:
             answer["error"] = entry.reason
-        return json_response(answer, 200 if entry.state == "ready" else 503)
+        return json_response(answer, 200 if entry.answers else 503)
 
     def metadata(request: Request, model: str, version: str | None = None) -> Response:
         signature = repository.signature(repository.entry(model, version))

@@ -299,7 +299,7 @@ class InferenceService:
             entry = self._repository.entry(request.name, request.version or None)
         except UnknownModel:
             return {"ready": False}
-        return {"ready": entry.state == "ready"}
+        return {"ready": entry.answers}
 
     def _model_metadata(self, request: Any) -> Json:
         repository = self._repository

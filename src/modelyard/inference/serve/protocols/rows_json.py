@@ -36,13 +36,13 @@ class QuickReader:
         """Read {"inputs": [values of one row]}, for a model with one input of one axis."""
         return self._one.row(body) if self._one is not None else None
 
-    def instances(self, body: bytes) -> Call | None:
+    def instances(self, body: bytes, max_rows: int) -> Call | None:
         """Read {"instances": [row, …]}: objects of columns, or bare rows where the model has one input."""
         start = body.find(b"[", 0, 64) + 1
         first = body[start : start + 8].lstrip()[:1]
         if first == b"{":
-            return self._columns.instances(body) if self._columns is not None else None
-        return self._one.instances(body) if first == b"[" and self._one is not None else None
+            return self._columns.instances(body, max_rows) if self._columns is not None else None
+        return self._one.instances(body, max_rows) if first == b"[" and self._one is not None else None
 
 
 class RowWriter:
@@ -134,12 +134,14 @@ class _OneTensor:
         except _UNFIT:  # the long way says what is wrong, if anything is
             return None
 
-    def instances(self, body: bytes) -> Call | None:
+    def instances(self, body: bytes, max_rows: int) -> Call | None:
         if not self._takes:
             return None
         try:
             rows = self._rows.decode(body).instances
-            return Call((b"".join([self._pack(*row) for row in rows]),), len(rows)) if rows else None
+            if not 0 < len(rows) <= max_rows:
+                return None
+            return Call((b"".join([self._pack(*row) for row in rows]),), len(rows))
         except _UNFIT:  # as above
             return None
 
@@ -169,10 +171,12 @@ class _Columns:
             for i, spec in enumerate(specs)
         ]
 
-    def instances(self, body: bytes) -> Call | None:
+    def instances(self, body: bytes, max_rows: int) -> Call | None:
         try:
             rows = self._decoder.decode(body).instances
-            return Call(tuple([self._column(rows, *column) for column in self._columns]), len(rows)) if rows else None
+            if not 0 < len(rows) <= max_rows:
+                return None
+            return Call(tuple([self._column(rows, *column) for column in self._columns]), len(rows))
         except _UNFIT:  # as above
             return None
 

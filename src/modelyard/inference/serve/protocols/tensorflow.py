@@ -23,7 +23,7 @@ from modelyard.bundle.manifest import Signature, TensorSpec
 from modelyard.errors import RequestError
 from modelyard.inference.rows import rows_to_arrays
 from modelyard.inference.serve.calls import Call, terms_of
-from modelyard.inference.serve.front import Front, HttpAdapter
+from modelyard.inference.serve.front import Front, HttpAdapter, check_rows
 from modelyard.inference.serve.models.repository import Entry, Loaded, Repository
 from modelyard.inference.serve.packing import Packer
 from modelyard.inference.serve.protocols.rows_json import QuickReader, RowWriter
@@ -69,13 +69,13 @@ class Predict(HttpAdapter):
                 call.form = _ONE_ROW
                 return call
         elif body.startswith(b'"instances"', start):
-            call = codec.quick.instances(body)
+            call = codec.quick.instances(body, loaded.max_rows)
             if call is not None:
                 call.form = _ROWS
                 return call
-        return self._read_any(body, codec)
+        return self._read_any(body, loaded)
 
-    def _read_any(self, body: bytes, codec: Codec) -> Call:
+    def _read_any(self, body: bytes, loaded: Loaded) -> Call:
         fields = _object(body, '{"instances": [row, …]} or {"inputs": columns}')
         _check_signature_name(fields)
         if ("instances" in fields) == ("inputs" in fields):
@@ -87,9 +87,11 @@ class Predict(HttpAdapter):
             if not isinstance(rows, list):
                 raise RequestError(f"instances must be a list of rows, got {rows!r:.60}")
             form = _ROWS
+            check_rows(len(rows), loaded)
         else:
-            rows, form = _rows_of_columns(fields["inputs"], codec.signature)
-        call = codec.packer.pack(rows_to_arrays(_decoded(rows), codec.signature), len(rows))
+            rows, form = _rows_of_columns(fields["inputs"], loaded)
+        signature = loaded.signature
+        call = loaded.codec(Codec).packer.pack(rows_to_arrays(_decoded(rows, body), signature), len(rows))
         call.form = form
         return call
 
@@ -121,11 +123,12 @@ class Examples(HttpAdapter):
         examples, context = fields.get("examples"), fields.get("context", {})
         if not isinstance(examples, list) or not all(isinstance(example, dict) for example in examples):
             raise RequestError(f"examples must be a list of objects of named columns, got {examples!r:.60}")
+        check_rows(len(examples), loaded)
         if not isinstance(context, dict):
             raise RequestError(f"context must be an object of named columns, got {context!r:.60}")
         _result_output(self._verb, loaded.signature)
         rows = [context | example for example in examples]
-        return codec.packer.pack(rows_to_arrays(_decoded(rows), codec.signature), len(rows))
+        return codec.packer.pack(rows_to_arrays(_decoded(rows, request.body), codec.signature), len(rows))
 
     def write(self, request: Request, call: Call) -> Response:
         assert call.loaded is not None
@@ -229,8 +232,9 @@ def _check_signature_name(fields: Mapping[str, Any]) -> None:
         )
 
 
-def _rows_of_columns(inputs: Any, signature: Signature) -> tuple[list[Any], str]:
+def _rows_of_columns(inputs: Any, loaded: Loaded) -> tuple[list[Any], str]:
     """Return the rows in the columns {name: tensor}, or in the bare tensor of the only input, and the form of the answer."""
+    signature = loaded.signature
     names = [spec.name for spec in signature.inputs]
     if not isinstance(inputs, dict):
         if len(names) > 1:
@@ -248,6 +252,7 @@ def _rows_of_columns(inputs: Any, signature: Signature) -> tuple[list[Any], str]
     if len(sizes) < len(inputs) or len(set(sizes.values())) != 1:
         raise RequestError(f"inputs: every column must be a list with one value per row, all equally long, got {sizes}")
     n_rows = next(iter(sizes.values()))
+    check_rows(n_rows, loaded)
     return [{name: column[i] for name, column in inputs.items()} for i in range(n_rows)], _COLUMNS
 
 
@@ -259,8 +264,10 @@ def _is_one_row(value: Any, spec: TensorSpec) -> bool:
     return depth == len(spec.row_shape)
 
 
-def _decoded(rows: list[Any]) -> list[Any]:
-    """Return the rows with {"b64": …} as the text it stands for."""
+def _decoded(rows: list[Any], body: bytes) -> list[Any]:
+    """Return the rows of `body` with {"b64": …} as the text it stands for."""
+    if b"b64" not in body and b"\\u" not in body:  # nor any of it written as an escape
+        return rows
     return [_unwrapped(row) for row in rows] if any(_has_b64(row) for row in rows) else rows
 
 

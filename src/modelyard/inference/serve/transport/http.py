@@ -212,6 +212,7 @@ class HttpConnection(asyncio.Protocol):
             exchange.connection = None
             if exchange.on_gone is not None:
                 exchange.on_gone()  # nobody is left to answer
+                exchange.on_gone = None
         self._exchanges.clear()
         if self._shared.draining and not self._shared.open:
             self._shared.none_open.set()
@@ -456,6 +457,7 @@ class HttpConnection(asyncio.Protocol):
             close = exchange.close or (self._shared.draining and not exchanges and not self._in_message)
             linger = exchange.linger
             written.append(self._encode(exchange, close=close))
+            exchange.served = None  # the call knows its request too, and only a collection would free the two
         if written:
             data = written[0] if len(written) == 1 else b"".join(written)
             self._transport.write(data)
