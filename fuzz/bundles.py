@@ -8,6 +8,7 @@ import hashlib
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
@@ -71,10 +72,9 @@ def seeds(name: str) -> list[bytes]:
     raw = (bundle / name).read_bytes()
     if name != "bundle.json":
         return [raw]
-    digest = hashlib.sha256  # the digest of the whole is among the text: blank it, so that mutants are signed again
-    start = raw.index(b'"digest"')
-    start = raw.index(b'"', raw.index(b":", start)) + 1
-    return [raw, raw[:start] + BLANK.encode() + raw[start + digest().digest_size * 2 :]]
+    # Its own digest is in the text: blank, it is filled in again for every mutant.
+    start = raw.index(b'"', raw.index(b":", raw.index(b'"digest"'))) + 1
+    return [raw, raw[:start] + BLANK.encode() + raw[start + len(BLANK) :]]
 
 
 def main() -> None:
@@ -83,10 +83,8 @@ def main() -> None:
     read, seed = READERS[sys.argv.pop(1)]
 
     def fuzz_one_input(data: bytes) -> None:
-        try:
+        with suppress(BundleError):
             read(data)
-        except BundleError as exc:
-            assert str(exc)
 
     for corpus in map(Path, sys.argv[1:]):
         if corpus.is_dir():

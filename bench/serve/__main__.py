@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the Markdown here too, e.g. docs/benchmarks.md"
     )
-    parser.add_argument("--workers", type=int, default=2, help="of our server; default 2")
+    parser.add_argument("--workers", type=int, help="of our server; default: what it finds right for the model")
     parser.add_argument("--serve-args", default="", metavar="ARGS", help="further arguments of `modelyard serve`")
     options = parser.parse_args()
     known = list(QUICK if options.quick else SECTIONS)

@@ -135,7 +135,7 @@ OURS = Contender(
 )
 
 
-def ours(*arguments: str, n_workers: int = 2) -> Contender:
+def ours(*arguments: str, n_workers: int | None = None) -> Contender:
     """Return our server, aiming at the workload's target, with `arguments` added to its command line.
 
     The options are those that this version of it has.
@@ -143,7 +143,9 @@ def ours(*arguments: str, n_workers: int = 2) -> Contender:
     help_text = subprocess.run(
         [sys.executable, "-m", "modelyard", "serve", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    options = {"--workers": str(n_workers), "--target": "{target_s}", "--grpc-port": "{grpc_port}"}
+    options = {"--target": "{target_s}", "--grpc-port": "{grpc_port}"}
+    if n_workers is not None:  # else as many as it finds right for the model
+        options["--workers"] = str(n_workers)
     known = [word for name, value in options.items() if f"{name} " in help_text for word in (name, value)]
     return replace(OURS.with_arguments(*known, *arguments), grpc="--grpc-port" in known)
 

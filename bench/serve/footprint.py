@@ -46,7 +46,7 @@ def footprint(run: Run) -> Findings:
         if not (many / name).exists():
             LocalStore(many).publish(many / SMALL.name / "1", name)
 
-    ours = without_target(run.ours)
+    ours = without_target(run.ours).with_arguments("--workers", "2")
     starts = [seen for turn in range(_N_STARTS) if (seen := _start(run, ours, TINY_JSON, turn)) is not None]
     each_mib: list[float] = []
     for turn in range(run.pace.n_turns):

@@ -38,8 +38,12 @@ class Overloaded:
         return max(one.in_time_per_s for one in (*self.good.probes, *self.under.values()))
 
     def kept(self, factor: float) -> float:
-        """Return the share of the peak that is answered in time at `factor` times the goodput."""
-        return self.under[factor].in_time_per_s / (self.peak_per_s or 1)
+        """Return the share of the peak that is answered in time at `factor` times the goodput.
+
+        Of what was offered, where that was less than the peak: a search on a busy machine may find a goodput far too low.
+        """
+        under = self.under[factor]
+        return under.in_time_per_s / (min(self.peak_per_s, under.n_sent / under.seconds) or 1)
 
 
 def overload(run: Run) -> Findings:

@@ -1,11 +1,15 @@
 """Laws of the HTTP edge, for any bytes: nothing raises, and neither the cutting into pieces nor what was seen before matters."""
 
 import asyncio
+import base64
+import re
 from typing import Any
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 from wire import Later, at_once, connections, converse, cut, statuses
+
+from modelyard.inference.serve.transport.http import HttpLimits
 
 SMALL = 16_000
 """Below the limit of a head, which is counted a little differently for one that arrives in pieces."""
@@ -99,6 +103,15 @@ def test_the_answers_do_not_depend_on_how_the_bytes_are_cut(data: bytes, at: lis
     whole = talk([data], remembers=False)
     assert talk(cut(data, at), remembers=False) == whole
     assert talk(cut(data, range(len(data))), remembers=False) == whole
+
+
+@given(data=streams(), at=places, max_body_bytes=st.integers(1, 30))
+def test_a_body_over_the_limit_is_refused_however_it_comes(data: bytes, at: list[int], max_body_bytes: int) -> None:
+    limits = HttpLimits(max_body_bytes=max_body_bytes)
+    whole = talk([data], limits=limits)
+    assert talk(cut(data, at), limits=limits) == whole
+    for body in re.findall(rb'"body":"([^"]*)"', whole[0]):
+        assert len(base64.b85decode(body)) <= max_body_bytes
 
 
 @given(data=streams(), before=st.lists(streams(), max_size=2), at=places)

@@ -191,7 +191,7 @@ class _Columns:
         values = [getattr(row, field) for row in rows]
         if may_miss and None in values:
             values = [_NAN if value is None else value for value in values]
-        return struct.pack(f"<{len(values)}{packer.format[1:]}", *values)
+        return struct.pack(f"<{len(values)}{packer.format[-1]}", *values)
 
 
 def tensor_rows(array: NDArray[Any], spec: TensorSpec, *, empty_is_null: bool = False) -> list[bytes]:
