@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.errors import RequestError
 from modelyard.inference.rows import arrays_to_rows, example_row, rows_to_arrays
-from modelyard.inference.values import bfloat16_bits, bfloat16_values
+from modelyard.inference.values import bfloat16_bits, bfloat16_values, short
 
 
 def column(name: str, datatype: Any, *row_shape: int | str, **more: Any) -> TensorSpec:
@@ -50,6 +50,29 @@ def test_null_and_left_out_are_missing_where_the_column_is_nullable() -> None:
         arrays = rows_to_arrays([row], MIXED)
         assert math.isnan(arrays["distance"][0])
         assert arrays["carrier"][0] == ""
+
+
+def test_a_value_in_a_message_is_short_however_large_or_deep_it_is() -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, [1] * 10**6, {"a": [None] * 10**6}, "x" * 10**6, {"k" * 10**6: 1}):
+        assert len(short(value)) == 60
+    for small in ([1, "a", None, {"b": [0.5]}], {"a": 1, "b": []}, "text", 7, None):
+        assert short(small) == repr(small)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "largest", "beyond"),
+    [("FP16", 65519.99, 65520.0), ("FP32", 3.4028235e38, 3.4028236e38), ("BF16", 3.3895313892515355e38, 3.4e38)],
+)
+def test_a_number_fits_that_rounds_to_a_finite_one(datatype: Any, largest: float, beyond: float) -> None:
+    """JSON has the shortest decimals that round to a float, and those of the largest may lie above it."""
+    for row in ({"x": largest}, {"x": -largest}):
+        assert np.isfinite(rows_to_arrays([row], taking(column("x", datatype)))["x"]).all()
+    for rows in ([{"x": beyond}], [{"x": beyond}, {"x": None}]):
+        with pytest.raises(RequestError, match="a finite number"):
+            rows_to_arrays(rows, taking(column("x", datatype, nullable=True)))
 
 
 def test_an_unknown_category_is_left_to_the_graph() -> None:

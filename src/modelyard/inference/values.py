@@ -4,7 +4,7 @@ Rows with named columns and Open Inference Protocol tensors both come through he
 path, a few NumPy calls; anything else is looked at value by value, which finds the first that does not fit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from modelyard.errors import RequestError
 Place = Callable[[int], str]
 """Names the i-th value for a message, e.g. "row 3, column 'dep_hour'"; called only when something is wrong."""
 
-_BF16_MAX = 3.3895313892515355e38
+_INFINITE_FROM = {"FP16": 65520.0, "BF16": 3.39617752e38, "FP32": 2.0**128 - 2.0**103, "FP64": float("inf")}
+"""What rounds to no finite number any more. The largest floats, written in the shortest decimals, lie below it."""
 _PLAIN: dict[str, frozenset[type]] = {
     "float": frozenset((float, int)),
     "int": frozenset((int,)),
@@ -79,9 +80,31 @@ def expected(spec: TensorSpec) -> str:
 
 
 def short(value: Any) -> str:
-    """Return `value` as it would stand in a message, cut at 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """Return `value` as it would stand in a message, cut at 60 characters; reads no more of it than that."""
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > 60:
+            return text[:57] + "..."
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """Yield the parts of repr(value) for what JSON can hold, however large or deep."""
+    if isinstance(value, list | tuple):
+        yield "["
+        for i, inner in enumerate(value):
+            yield ", " if i else ""
+            yield from _pieces(inner)
+        yield "]"
+    elif isinstance(value, dict):
+        yield "{"
+        for i, (key, inner) in enumerate(value.items()):
+            yield f"{', ' if i else ''}{short(key)}: "
+            yield from _pieces(inner)
+        yield "}"
+    else:
+        yield repr(value[:61] if isinstance(value, str | bytes) else value)
 
 
 def _kind(spec: TensorSpec) -> str:
@@ -92,12 +115,12 @@ def _kind(spec: TensorSpec) -> str:
     return "float" if spec.datatype in ("FP16", "BF16", "FP32", "FP64") else "int"
 
 
-def _limits(spec: TensorSpec, kind: str) -> tuple[float, float]:
-    if kind == "int":
-        info = np.iinfo(spec.numpy_dtype)
-        return info.min, info.max
-    largest = _BF16_MAX if spec.datatype == "BF16" else float(np.finfo(spec.numpy_dtype).max)
-    return -largest, largest
+def _fits(value: float, spec: TensorSpec, kind: str) -> bool:
+    """Whether a number, which may be an integer of any size but not NaN, is in the range of the datatype."""
+    if kind == "float":
+        return abs(value) < _INFINITE_FROM[spec.datatype]
+    info = np.iinfo(spec.numpy_dtype)
+    return info.min <= value <= info.max and (isinstance(value, int) or value.is_integer())
 
 
 def _plain_array(values: Sequence[Any], spec: TensorSpec, kind: str) -> NDArray[Any] | None:
@@ -107,11 +130,11 @@ def _plain_array(values: Sequence[Any], spec: TensorSpec, kind: str) -> NDArray[
             wide = np.array(values, dtype=np.float64)
         except OverflowError:  # an integer beyond any float
             return None
-        in_range = np.abs(wide).max(initial=0.0) <= _limits(spec, kind)[1]  # also False for NaN
+        in_range = np.abs(wide).max(initial=0.0) < _INFINITE_FROM[spec.datatype]  # also False for NaN
         return _typed(wide, spec, kind) if in_range else None
     if kind == "int" and values:
-        low, high = _limits(spec, kind)
-        if min(values) < low or max(values) > high:
+        info = np.iinfo(spec.numpy_dtype)
+        if min(values) < info.min or max(values) > info.max:
             return None
     return _typed(values, spec, kind)
 
@@ -143,8 +166,7 @@ def _scalar(value: Any, spec: TensorSpec, kind: str, place: Place, index: int) -
     elif kind == "bool":
         fits = isinstance(value, bool)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        low, high = _limits(spec, kind)
-        fits = low <= value <= high and (kind == "float" or isinstance(value, int) or value.is_integer())
+        fits = _fits(value, spec, kind)
     if not fits:
         raise RequestError(f"{place(index)} must be {expected(spec)}, got {short(value)}", value=value)
     return int(value) if kind == "int" else value

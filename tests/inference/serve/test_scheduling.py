@@ -284,6 +284,22 @@ class TestAdmission:
             world.scheduler.arrive(world.call(0), world.now_s)
 
 
+def starts_after_s(within: float = 20, **policy: Any) -> float:
+    """Return how long two calls wait for company after a busy time, the second due `within` milliseconds."""
+    world = World(n_instances=8, **policy)
+    world.hum(per_ms=10, until=400)
+    since_s = world.now_s
+    world.admit()
+    world.admit(within=within)
+    decision = world.nothing_runs()
+    while decision.batch is None:
+        assert decision.wake_s is not None
+        world.now_s = decision.wake_s
+        decision = world.decide()
+    assert decision.batch.reason == "latest start"
+    return world.now_s - since_s
+
+
 class TestWaiting:
     def test_with_one_instance_nobody_waits_for_company(self) -> None:
         world = World(n_instances=1)
@@ -335,15 +351,7 @@ class TestWaiting:
         assert world.now_s == pytest.approx(arrived_s + 20 * MS - batching_helps(3))
 
     def test_timers_that_fire_late_are_set_earlier(self) -> None:
-        def wakes_at_s(**policy: Any) -> float:
-            world = World(n_instances=8, **policy)
-            world.hum(per_ms=10, until=400)
-            world.admit()
-            wake_s = world.nothing_runs().wake_s
-            assert wake_s is not None
-            return wake_s - world.now_s
-
-        assert wakes_at_s() - wakes_at_s(timer_slack_s=1 * MS) == pytest.approx(1 * MS)
+        assert starts_after_s() - starts_after_s(timer_slack_s=1 * MS) == pytest.approx(1 * MS)
 
     def test_a_patient_client_waits_no_longer_than_the_target(self) -> None:
         world = World(n_instances=8)
@@ -354,15 +362,7 @@ class TestWaiting:
         assert wake_s - world.now_s < 20 * MS
 
     def test_a_more_urgent_job_shortens_the_wait(self) -> None:
-        world = World(n_instances=8)
-        world.hum(per_ms=10, until=400)
-        world.admit()
-        before_s = world.nothing_runs().wake_s
-        world.admit(within=15)
-        after_s = world.nothing_runs().wake_s
-        assert before_s is not None
-        assert after_s is not None
-        assert after_s == pytest.approx(before_s - 5 * MS)
+        assert starts_after_s() - starts_after_s(within=15) == pytest.approx(5 * MS)
 
     def test_batches_of_whole_jobs_are_waited_for(self) -> None:
         world = World(n_instances=8)

@@ -95,15 +95,23 @@ class Front:
     def _wait(self, asker: Asker, terms: Terms, adapter: Adapter, cold: Cold) -> None:
         """Have the version loaded; the request waits within its deadline, or for some time where it brings none."""
 
+        waits = True
+
         def then(loaded: Loaded) -> None:
+            nonlocal waits
+            waits = False
             # Its own deadline counts from arrival; the model's target from when there is a model.
             self._ask(asker, terms, adapter, loaded, asker.arrived_s if terms.timeout_s else perf_counter())
 
         def otherwise(error: Exception) -> None:
+            nonlocal waits
+            waits = False
             self._refuse(asker, adapter, error, terms)
 
         deadline_s = asker.arrived_s + (terms.timeout_s or COLD_PATIENCE_S)
-        asker.on_gone = self._repository.when_ready(cold, deadline_s, then, otherwise)
+        forget = self._repository.when_ready(cold, deadline_s, then, otherwise)
+        if waits:  # else it is answered, or on its way, already
+            asker.on_gone = forget
 
     def _ask(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded, since_s: float) -> None:
         """Submit to a version; `since_s` is what its deadline counts from."""

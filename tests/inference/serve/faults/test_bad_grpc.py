@@ -114,7 +114,6 @@ def test_bad_requests_get_their_status_and_a_message_and_leave_nothing(server: A
     assert worker.memory_info().rss - before < 6 * 2**20
 
 
-@pytest.mark.xfail(strict=True, reason="infer_message.py takes any number of outputs")
 def test_an_output_that_is_asked_for_again_and_again_is_no_bomb(infer: Any) -> None:
     """A request of a megabyte must not have an answer of gigabytes."""
 

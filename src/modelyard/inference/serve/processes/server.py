@@ -8,8 +8,8 @@ from pathlib import Path
 
 from modelyard.errors import ConfigError
 from modelyard.inference.serve.processes.seat import Json, Seat
+from modelyard.inference.serve.processes.stderr import unfailing_stderr
 from modelyard.inference.serve.processes.supervisor import SupervisorSettings, supervise
-from modelyard.inference.serve.stderr import unfailing_stderr
 from modelyard.inference.serve.transport.http import HttpLimits
 
 _BACKLOG = 1024

@@ -323,9 +323,13 @@ def _read_outputs(request: Any, signature: Signature) -> tuple[Wanted, ...]:
         return tuple(Wanted(spec, binary=True) for spec in signature.outputs)
     names = [spec.name for spec in signature.outputs]
     outputs = []
+    seen: set[str] = set()
     for output in request.outputs:
         if output.name not in names:
             raise RequestError(f"unknown output {output.name!r:.100}; this model gives {', '.join(names)}")
+        if output.name in seen:  # a short request could otherwise have an answer of any length
+            raise RequestError(f"output {output.name!r} is asked for twice; ask for it once")
+        seen.add(output.name)
         parameters = parameters_of(output.parameters)
         _refuse_shared_memory(parameters, f"output {output.name!r}")
         outputs.append(wanted_output(signature.output(output.name), True, parameters.get("classification", 0)))

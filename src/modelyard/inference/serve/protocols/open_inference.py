@@ -34,6 +34,7 @@ from modelyard.inference.serve.protocols.tensors import (
 )
 from modelyard.inference.serve.transport.messages import Request, Response, json_body, json_response
 from modelyard.inference.serve.transport.routes import Route
+from modelyard.inference.values import short
 
 EXTENSIONS = ("binary_tensor_data", "classification", "parameters", "schedule_policy")
 """Those of this file; others come with other routes."""
@@ -125,10 +126,10 @@ def read_header(body: Any, n_binary_bytes: int, signature: Signature) -> InferHe
         RequestError: names what is missing, unknown, of the wrong type, shape or length.
     """
     if not isinstance(body, dict):
-        raise RequestError(f"the body must be an object with inputs, got {body!r:.60}")
+        raise RequestError(f"the body must be an object with inputs, got {short(body)}")
     request_id = body.get("id")
     if request_id is not None and not isinstance(request_id, str):
-        raise RequestError(f"id must be a string, got {request_id!r:.60}")
+        raise RequestError(f"id must be a string, got {short(request_id)}")
     arrays, binary = _read_inputs(body.get("inputs"), n_binary_bytes, signature)
     shapes = {name: array.shape for name, array in arrays.items()} | {spec.name: shape for spec, shape, _, _ in binary}
     n_rows = rows_of(shapes, signature)
@@ -158,7 +159,7 @@ def timeout_of(parameters: Mapping[str, Any]) -> float | None:
     """Return the parameter timeout, which is in microseconds and None where 0 or absent, in seconds; raises RequestError."""
     value = parameters.get("timeout", 0)
     if type(value) is not int or not 0 <= value <= 2**63:
-        raise RequestError(f"parameter timeout must be a whole number of microseconds, got {value!r:.60}")
+        raise RequestError(f"parameter timeout must be a whole number of microseconds, got {short(value)}")
     return value / 1e6 if value else None
 
 
@@ -167,7 +168,7 @@ def priority_of(parameters: Mapping[str, Any]) -> int:
     value = parameters.get("priority", 0)
     if type(value) is not int or not 0 <= value < 2**32:
         raise RequestError(
-            f"parameter priority must be a whole number, 1 the highest and 0 the default, got {value!r:.60}"
+            f"parameter priority must be a whole number, 1 the highest and 0 the default, got {short(value)}"
         )
     return value
 
@@ -283,7 +284,7 @@ def _read_inputs(
     names = [spec.name for spec in signature.inputs]
     if not isinstance(tensors, list) or not all(isinstance(tensor, dict) for tensor in tensors):
         raise RequestError(
-            f"inputs must be a list of tensors, got {tensors!r:.60}; this model takes {', '.join(names)}"
+            f"inputs must be a list of tensors, got {short(tensors)}; this model takes {', '.join(names)}"
         )
     arrays: dict[str, NDArray[Any]] = {}
     binary: list[tuple[TensorSpec, tuple[int, ...], int, int]] = []
@@ -292,14 +293,14 @@ def _read_inputs(
     for tensor in tensors:
         name = tensor.get("name")
         if name not in names:
-            raise RequestError(f"unknown input {name!r:.100}; this model takes {', '.join(names)}")
+            raise RequestError(f"unknown input {short(name)}; this model takes {', '.join(names)}")
         if name in seen:
             raise RequestError(f"input {name!r} is given twice; give it once")
         seen.add(name)
         spec = signature.input(name)
         if tensor.get("datatype") != spec.datatype:
             raise RequestError(
-                f"input {name!r} must have the datatype {spec.datatype}, got {tensor.get('datatype')!r:.60}"
+                f"input {name!r} must have the datatype {spec.datatype}, got {short(tensor.get('datatype'))}"
             )
         shape = check_shape(tensor.get("shape"), spec)
         size = _binary_size(tensor, name)
@@ -336,13 +337,13 @@ def _read_outputs(
         return tuple(Wanted(spec, all_binary) for spec in signature.outputs)
     names = [spec.name for spec in signature.outputs]
     if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
-        raise RequestError(f"outputs must be a list of objects with a name, got {wanted!r:.60}")
+        raise RequestError(f"outputs must be a list of objects with a name, got {short(wanted)}")
     outputs = []
     seen: set[str] = set()
     for output in wanted:
         name = output.get("name")
         if name not in names:
-            raise RequestError(f"unknown output {name!r:.100}; this model gives {', '.join(names)}")
+            raise RequestError(f"unknown output {short(name)}; this model gives {', '.join(names)}")
         if name in seen:  # a short request could otherwise have an answer of any length
             raise RequestError(f"output {name!r} is asked for twice; ask for it once")
         seen.add(name)
@@ -362,7 +363,7 @@ def wanted_output(spec: TensorSpec, binary: bool, n_classes: Any) -> Wanted:
     """Return the output, or its `n_classes` best classes where that is not 0; raises RequestError."""
     if type(n_classes) is not int or n_classes < 0:
         raise RequestError(
-            f"output {spec.name!r}: classification must be a number of classes, got {n_classes!r:.60}; 0 or nothing is the tensor"
+            f"output {spec.name!r}: classification must be a number of classes, got {short(n_classes)}; 0 or nothing is the tensor"
         )
     if n_classes and (spec.datatype in ("BYTES", "BOOL") or not spec.row_shape):
         raise RequestError(f"output {spec.name!r} holds no scores to classify by; ask for it without classification")
@@ -374,7 +375,7 @@ def _binary_size(tensor: Mapping[str, Any], name: str) -> int | None:
     _refuse_shared_memory(parameters, f"input {name!r}")
     size = parameters.get("binary_data_size")
     if size is not None and (type(size) is not int or size < 0):
-        raise RequestError(f"input {name!r}: binary_data_size must be a number of bytes, got {size!r:.60}")
+        raise RequestError(f"input {name!r}: binary_data_size must be a number of bytes, got {short(size)}")
     return size
 
 
@@ -383,14 +384,14 @@ def _parameters(of: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
-        raise RequestError(f"{what}: parameters must be an object, got {parameters!r:.60}")
+        raise RequestError(f"{what}: parameters must be an object, got {short(parameters)}")
     return parameters
 
 
 def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise RequestError(f"parameter {name} must be true or false, got {value!r:.60}")
+        raise RequestError(f"parameter {name} must be true or false, got {short(value)}")
     return value
 
 

@@ -64,6 +64,7 @@ class Infer:
         loaded = call.loaded
         assert loaded is not None
         asker.reply(loaded.codec(Codec).answer(call))
+        asker.served = None  # the call knows its asker too, and only a collection would free the two
 
     def fail(self, asker: "UnaryCall | StreamItem", error: Exception, call: Call | None) -> None:
         metadata: Metadata = ()
@@ -72,6 +73,7 @@ class Infer:
             if call.explain or (call.form is not None and call.form[0].explain):
                 metadata = ((b"modelyard-timeline", orjson.dumps(timeline(call))),)
         fail(asker, error, metadata)
+        asker.served = None
 
 
 class Asked(Protocol):

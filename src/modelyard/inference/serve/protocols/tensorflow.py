@@ -29,6 +29,7 @@ from modelyard.inference.serve.packing import Packer
 from modelyard.inference.serve.protocols.rows_json import QuickReader, RowWriter
 from modelyard.inference.serve.transport.messages import Request, Response, json_response
 from modelyard.inference.serve.transport.routes import Route
+from modelyard.inference.values import short
 
 # Our states in TensorFlow Serving's words.
 _STATES = {"loading": "LOADING", "ready": "AVAILABLE", "failed": "END", "draining": "UNLOADING", "unloaded": "END"}
@@ -85,7 +86,7 @@ class Predict(HttpAdapter):
         if "instances" in fields:
             rows = fields["instances"]
             if not isinstance(rows, list):
-                raise RequestError(f"instances must be a list of rows, got {rows!r:.60}")
+                raise RequestError(f"instances must be a list of rows, got {short(rows)}")
             form = _ROWS
             check_rows(len(rows), loaded)
         else:
@@ -122,10 +123,10 @@ class Examples(HttpAdapter):
         _check_signature_name(fields)
         examples, context = fields.get("examples"), fields.get("context", {})
         if not isinstance(examples, list) or not all(isinstance(example, dict) for example in examples):
-            raise RequestError(f"examples must be a list of objects of named columns, got {examples!r:.60}")
+            raise RequestError(f"examples must be a list of objects of named columns, got {short(examples)}")
         check_rows(len(examples), loaded)
         if not isinstance(context, dict):
-            raise RequestError(f"context must be an object of named columns, got {context!r:.60}")
+            raise RequestError(f"context must be an object of named columns, got {short(context)}")
         _result_output(self._verb, loaded.signature)
         rows = [context | example for example in examples]
         return codec.packer.pack(rows_to_arrays(_decoded(rows, request.body), codec.signature), len(rows))
@@ -228,7 +229,7 @@ def _check_signature_name(fields: Mapping[str, Any]) -> None:
     name = fields.get("signature_name", "")
     if name not in _SIGNATURE_NAMES:
         raise RequestError(
-            f"signature_name must be serving_default or left out, got {name!r:.60}; models have one signature here"
+            f"signature_name must be serving_default or left out, got {short(name)}; models have one signature here"
         )
 
 
@@ -239,12 +240,12 @@ def _rows_of_columns(inputs: Any, loaded: Loaded) -> tuple[list[Any], str]:
     if not isinstance(inputs, dict):
         if len(names) > 1:
             raise RequestError(
-                f"inputs must be an object of columns, got {inputs!r:.60}; the columns are {', '.join(names)}"
+                f"inputs must be an object of columns, got {short(inputs)}; the columns are {', '.join(names)}"
             )
         inputs = {names[0]: inputs}
     unknown = [name for name in inputs if name not in names]
     if unknown:
-        raise RequestError(f"inputs: unknown column {unknown[0]!r:.60}; the columns are {', '.join(names)}")
+        raise RequestError(f"inputs: unknown column {short(unknown[0])}; the columns are {', '.join(names)}")
     batched = {spec.name: spec.batched for spec in signature.inputs}
     if not all(batched.values()) or all(_is_one_row(inputs.get(spec.name), spec) for spec in signature.inputs):
         return [inputs], _ONE_ROW
@@ -287,7 +288,7 @@ def _unwrapped(value: Any) -> Any:
     try:
         return base64.b64decode(value["b64"], validate=True).decode()
     except (TypeError, ValueError) as exc:  # not a text, not ASCII, not base64, not UTF-8
-        raise RequestError(f"b64 must be the base64 of UTF-8 text, got {value['b64']!r:.60} ({exc})") from exc
+        raise RequestError(f"b64 must be the base64 of UTF-8 text, got {short(value['b64'])} ({exc})") from exc
 
 
 def _tensor_name(spec: TensorSpec) -> bytes:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from modelyard.bundle.manifest import TensorSpec
 from modelyard.errors import RequestError
-from modelyard.inference.values import bfloat16_values, to_array
+from modelyard.inference.values import bfloat16_values, short, to_array
 
 _LENGTH = struct.Struct("<I")
 
@@ -29,7 +29,7 @@ def check_shape(shape: Any, spec: TensorSpec) -> tuple[int, ...]:
         or not all(isinstance(axis, str) or axis == size for axis, size in zip(spec.shape, shape, strict=True))
     ):
         raise RequestError(
-            f"input {spec.name!r} must have the shape {wire_shape(spec)} (-1 is any size), got {shape!r:.100}"
+            f"input {spec.name!r} must have the shape {wire_shape(spec)} (-1 is any size), got {short(shape)}"
         )
     if spec.batched and shape[0] == 0:
         raise RequestError(f"input {spec.name!r} has no rows (shape {shape}); send at least one")
@@ -44,7 +44,7 @@ def wire_shape(spec: TensorSpec) -> list[int]:
 def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return row-major `data`, flat or nested like `shape`, as an array; raises RequestError."""
     if not isinstance(data, list):
-        raise RequestError(f"input {spec.name!r}: data must be a list, got {data!r:.60}")
+        raise RequestError(f"input {spec.name!r}: data must be a list, got {short(data)}")
     if data and isinstance(data[0], list) and shape:
         data = _flat(data, spec, shape)
     n_elements = math.prod(shape)

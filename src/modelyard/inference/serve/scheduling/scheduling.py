@@ -451,6 +451,9 @@ class Scheduler:
         else:
             lane.wake_s = lane.quiet_until_s = latest_s
             lane.quiet_rows = n_rows + 1
+        # A rate that falls lowers b*: nobody waits on for a batch that no longer comes.
+        if lane.refresh_s < lane.wake_s:
+            lane.wake_s = lane.quiet_until_s = lane.refresh_s
         return None
 
     def _drop_late(self, lane: _Lane, now_s: float, dropped: list[Dropped]) -> float:
