@@ -5,7 +5,6 @@ loop run as one batch at its end.
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -106,10 +105,10 @@ async def serve() -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.bind(("127.0.0.1", PORT))
     batcher = Batcher(loop)
-    server = await loop.create_server(lambda: Http(batcher), sock=sock, backlog=4096)
-    loop.add_signal_handler(signal.SIGTERM, server.close)
-    with contextlib.suppress(asyncio.CancelledError):
-        await server.serve_forever()
+    ended = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    await loop.create_server(lambda: Http(batcher), sock=sock, backlog=4096)
+    await ended.wait()
 
 
 if __name__ == "__main__":
