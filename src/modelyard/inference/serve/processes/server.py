@@ -17,11 +17,8 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where and how to serve."""
+    """How to serve; `bind` says where."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 takes a free one."""
     grpc_port: int | None = None
     """None serves no gRPC."""
     access_log: bool = False

@@ -52,7 +52,7 @@ class Codec:
         self.packer = Packer(signature)
         self.quick = QuickReader(signature)
         self.writer = RowWriter(signature)
-        self.tensor_names = [_tensor_name(spec) for spec in signature.outputs]
+        self.tensor_names = [orjson.dumps(spec.name) for spec in signature.outputs]
 
 
 class Predict(HttpAdapter):
@@ -289,10 +289,6 @@ def _unwrapped(value: Any) -> Any:
         return base64.b64decode(value["b64"], validate=True).decode()
     except (TypeError, ValueError) as exc:  # not a text, not ASCII, not base64, not UTF-8
         raise RequestError(f"b64 must be the base64 of UTF-8 text, got {short(value['b64'])} ({exc})") from exc
-
-
-def _tensor_name(spec: TensorSpec) -> bytes:
-    return orjson.dumps(spec.name)
 
 
 def _result_output(verb: str, signature: Signature) -> TensorSpec:
