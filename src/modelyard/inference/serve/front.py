@@ -22,7 +22,7 @@ from modelyard.errors import (
     UnknownModel,
     UnknownPath,
 )
-from modelyard.inference.serve.calls import Call, Terms
+from modelyard.inference.serve.calls import NO_TERMS, Call, Terms
 from modelyard.inference.serve.explain import explained, timeline
 from modelyard.inference.serve.metrics.observe import ServerMetrics
 from modelyard.inference.serve.metrics.vocabulary import Outcome
@@ -121,12 +121,8 @@ class Front:
             executor = loaded.executor
             # What has waited for this long to be read will wait as long again for its answer to be written.
             if now_s + now_s - since_s - since_s > budget_s:
-                raise Overloaded(
-                    f"{loaded.name}: refused, since the server reads requests later than they could be answered in time; try again in "
-                    "1 s, or allow more time with the header Modelyard-Timeout-Ms",
-                    cause="overload",
-                    retry_after_s=1.0,
-                )
+                self._turn_away(asker, terms, adapter, loaded)
+                return
             refusal = executor.refusal(1, since_s + budget_s, now_s)
             if refusal is not None:
                 raise refusal
@@ -150,6 +146,17 @@ class Front:
             asker.on_gone = call.cancel
         except Exception as exc:  # noqa: BLE001  # as above
             self._refuse(asker, adapter, exc, terms, loaded)
+
+    def _turn_away(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded) -> None:
+        """Refuse what was read too late, for less than an answer costs: else an overload of the reader would never end."""
+        late = loaded.too_late.get(adapter) or _too_late(adapter, loaded)
+        error, metrics = late.error, loaded.executor.metrics
+        assert error is not None
+        if terms is not NO_TERMS or metrics is None:
+            self._refuse(asker, adapter, error, terms, loaded)
+            return
+        metrics.ended(adapter.protocol, "refused", "overload")
+        adapter.fail(asker, error, late)
 
     def _is_cached(self, call: Call, loaded: Loaded, now_s: float) -> bool:
         """Answer from the cache, if an equal call was answered before."""
@@ -222,6 +229,19 @@ class Front:
             error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
+def _too_late(adapter: Adapter, loaded: Loaded) -> Call:
+    """Return what stands for every request that was read too late, kept with the version."""
+    late = loaded.too_late[adapter] = Call((), 0)
+    late.adapter, late.loaded = adapter, loaded
+    late.error = Overloaded(
+        f"{loaded.name}: refused, since the server reads requests later than they could be answered in time; try again in "
+        "1 s, or allow more time with the header Modelyard-Timeout-Ms",
+        cause="overload",
+        retry_after_s=1.0,
+    )
+    return late
+
+
 def check_rows(n_rows: int, loaded: Loaded) -> None:
     """Raise BodyTooLarge for more rows than one request may have; an adapter that knows early asks before the work."""
     if n_rows > loaded.max_rows:
@@ -276,7 +296,10 @@ class HttpAdapter:
         request.reply(response)
 
     def fail(self, request: Request, error: Exception, call: Call | None) -> None:
-        response = fault(error, request.request_id)
+        if call is not None and call.asker is None:  # one for many, see Front
+            response = call.form = call.form or fault(error, b"")
+        else:
+            response = fault(error, request.request_id)
         if call is not None:
             request.served = call
             if call.explain:

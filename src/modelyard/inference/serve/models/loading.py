@@ -110,6 +110,8 @@ class Loaded:
     """Told of every call that was answered, where a share of them is repeated on another version."""
     touched: bool = False
     """Asked since the repository last looked: what "recently used" is made of."""
+    too_late: dict[Any, Any] = field(default_factory=dict)
+    """By adapter, the call that stands for all that were read too late to be answered."""
     _codecs: dict[Any, Any] = field(default_factory=dict)
 
     def codec(self, kind: Callable[[Signature], T]) -> T:
@@ -130,6 +132,7 @@ class Loaded:
         self.executor.close()
         self.compute = self.packer = None
         self._codecs.clear()
+        self.too_late.clear()
         if self.cache is not None:
             self.cache.clear()
         if self.memory_bytes >= _TRIM_FROM_BYTES:
