@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from modelyard.bundle.format import Bundle
 from modelyard.bundle.store import LocalStore
 from modelyard.inference.runtime import Engine
-from modelyard.inference.serve.models.loading import ModelSettings, load
+from modelyard.inference.serve.models.loading import ModelSettings, Turns, load
 from modelyard.inference.serve.models.repository import Repository, choose
 from modelyard.inference.serve.processes.seat import Seat
 from modelyard.inference.serve.processes.server import ServerSettings, bind, serve
@@ -60,8 +60,9 @@ def main() -> int:
     model = ModelSettings(target_s=options.target, n_instances=options.instances, n_threads=1)
     load_one = partial(load, store, settings=model, make_engine=sleeping)
 
+    models = Models(partial(Repository, choose(store)), load_one, lambda loaded: loaded.name, Turns())
+
     def worker(seat: Seat) -> int:
-        models = Models(partial(Repository, choose(store)), load_one, lambda loaded: loaded.name)
         return run_worker(seat, settings, models)
 
     said = partial(print, file=sys.stderr)

@@ -52,6 +52,7 @@ from modelyard.schema import convert, to_builtins
 MANIFEST, MODEL, CASES, REFERENCE, PROFILE = "bundle.json", "model.onnx", "cases.npz", "reference.npz", "profile.json"
 REQUIRED_FILES = (MODEL, CASES, REFERENCE)
 _FLOATS = ("FP16", "BF16", "FP32", "FP64")
+_PIECE_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -365,9 +366,15 @@ def _shape_fits(mine: TensorSpec, graphs: TensorSpec) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Return the hexadecimal SHA-256 of a file's bytes.
+
+    In large pieces, so that a thread which hashes beside a server asks for the interpreter lock a few times, not thousands.
+    """
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(_PIECE_BYTES, path.stat().st_size + 1)))
+    with path.open("rb", buffering=0) as stream:
+        while n_bytes := stream.readinto(piece):
+            digest.update(piece[:n_bytes])
+    return digest.hexdigest()
 
 
 def _entry(root: Path, name: str) -> FileEntry:

@@ -151,7 +151,7 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
     from modelyard.bundle.store import open_store
     from modelyard.errors import ConfigError, NotInStore
     from modelyard.inference.serve.models.config import ServeConfig, load_config
-    from modelyard.inference.serve.models.loading import ModelSettings, Pick, load
+    from modelyard.inference.serve.models.loading import ModelSettings, Pick, Turns, load
     from modelyard.inference.serve.models.polling import Library
     from modelyard.inference.serve.models.repository import Repository, choose, policies_of
     from modelyard.inference.serve.processes.scout import workers_by_measuring
@@ -251,8 +251,10 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
             click.echo(json.dumps(answer))
             sys.stdout.flush()
 
+    turns = Turns()
+
     def worker(seat: "Seat") -> int:
-        return run_worker(seat, settings, Models(repository, load_with_settings, describe))
+        return run_worker(seat, settings, Models(repository, load_with_settings, describe, turns))
 
     code = serve_on(bound, settings, worker, on_ready=on_ready, on_event=partial(click.echo, err=True))
     sys.exit(code)

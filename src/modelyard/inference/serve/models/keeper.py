@@ -98,16 +98,18 @@ class Keeper:
         self.trouble = ""
         """Why the store cannot be read at present; what is loaded keeps answering."""
 
-    async def start(self, load_one: Callable[[Pick], Loaded], pool: Pool) -> None:
+    async def start(
+        self, load_one: Callable[[Pick], Loaded], pool: Pool, load_beside: Callable[[Pick], Loaded] | None = None
+    ) -> None:
         """Look at the store, load what is wanted, and return when that is done."""
         self._loop = asyncio.get_running_loop()
-        self.memory.start(load_one, pool)
+        self.memory.start(load_one, pool, load_beside)
         if self.library is not None:
             await self.look()
         for model in self.models.values():
             self.reconcile(model)
         await self.until(lambda: not any(map(self.is_pending, self.models.values())))
-        self.started = True
+        self.started = self.memory.serving = True
 
     # What is known.
 

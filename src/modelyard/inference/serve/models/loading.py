@@ -2,14 +2,17 @@
 
     store → `load` → `Loaded` → repository.py → front.py … → `Loaded.close`
 
-Blocks, so the server calls it on the one thread of a `loader_pool`, which gives way to everything that serves.
+Blocks, so the server calls it on the one thread of a `loader_pool`, which gives way to everything that serves, and by way of
+`load_quietly` while another version answers.
 """
 
 import ctypes
+import fcntl
 import functools
 import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -289,10 +292,35 @@ def loader_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=give_way)
 
 
+class Turns:
+    """Taken by one process at a time of those forked after it was made; one that dies gives its turn back."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the processes live
+
+    def __enter__(self) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+
+def load_quietly(load_one: Callable[[Pick], Loaded], turns: Turns, pick: Pick) -> Loaded:
+    """Load beside others that answer: on a thread that takes what they leave of the processors, one process at a time."""
+    with turns, ThreadPoolExecutor(1, thread_name_prefix="quiet-loader", initializer=run_when_idle) as pool:
+        return pool.submit(load_one, pick).result()
+
+
 def give_way() -> None:
     """Lower the calling thread's priority; where the system gives threads none of their own, nothing happens."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def run_when_idle() -> None:
+    """Have whatever wakes up on the calling thread's processor run at once in its stead, for good; likewise on Linux alone."""
+    if sys.platform == "linux":
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 def resident_bytes() -> int:

@@ -55,6 +55,8 @@ class Memory:
         self.resident: dict[Key, Loaded] = {}
         self.draining: dict[Key, Loaded] = {}
         self.loading: Key | None = None
+        self.serving = False
+        """The first loads are done, and what is loaded answers: later ones must not slow it down."""
         self._is_kept, self._expected_bytes = is_kept, expected_bytes
         self._on_loaded, self._on_failed, self._on_cold = on_loaded, on_failed, on_cold
         self._on_evicted, self._on_freed = on_evicted, on_freed
@@ -66,10 +68,16 @@ class Memory:
         self._wake = asyncio.Event()
         self._freed = asyncio.Event()
 
-    def start(self, load_one: Callable[[Pick], Loaded], pool: Pool) -> None:
-        """Begin to load what is wanted. `load_one` and `free` are called on `pool`."""
+    def start(
+        self, load_one: Callable[[Pick], Loaded], pool: Pool, load_beside: Callable[[Pick], Loaded] | None = None
+    ) -> None:
+        """Begin to load what is wanted, and free what is not. All are called on `pool`.
+
+        Args:
+            load_beside: loads a version that nobody waits for while others answer, see `serving`.
+        """
         self._loop = asyncio.get_running_loop()
-        self._load_one, self._pool = load_one, pool
+        self._load_one, self._load_beside, self._pool = load_one, load_beside or load_one, pool
         self._spawn(self._work())
 
     # What is wanted.
@@ -185,7 +193,7 @@ class Memory:
 
     async def _work(self) -> None:
         while True:
-            key, may_evict = self._next()
+            key, may_evict, urgent = self._next()
             if key is None:
                 self._wake.clear()
                 await self._wake.wait()
@@ -196,7 +204,7 @@ class Memory:
                     self.loading = None
                     self._on_cold(key)
                     continue
-                loaded = await self._load(Pick(*key))
+                loaded = await self._load(Pick(*key), urgent=urgent)
             except Exception as exc:  # noqa: BLE001  # one that cannot be loaded must not keep others from it
                 self.loading = None
                 self._on_failed(key, exc)
@@ -206,26 +214,28 @@ class Memory:
                 self._used_s[key] = perf_counter()
                 self._on_loaded(key, loaded)
 
-    async def _load(self, pick: Pick) -> Loaded:
+    async def _load(self, pick: Pick, *, urgent: bool) -> Loaded:
         """Load on the pool; meanwhile whoever waits for the interpreter lock asks for it sooner than by default."""
         usual_s = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
         try:
-            return await self._loop.run_in_executor(self._pool, self._load_one, pick)
+            nobody_waits = not urgent or any(name == pick.name for name, _ in self.resident)
+            load = self._load_beside if self.serving and nobody_waits else self._load_one
+            return await self._loop.run_in_executor(self._pool, load, pick)
         finally:
             sys.setswitchinterval(usual_s)
 
-    def _next(self) -> tuple[Key | None, bool]:
-        """Take the next version to load; one that is still being freed has to wait for that."""
+    def _next(self) -> tuple[Key | None, bool, bool]:
+        """Take the next version to load: whether it may evict, and is urgent; one still being freed has to wait for that."""
         for key in self._urgent:
             if key not in self.draining:
                 del self._urgent[key]
-                return key, True
+                return key, True, True
         for key, may_evict in self._patient.items():
             if key not in self.draining:
                 del self._patient[key]
-                return key, may_evict
-        return None, False
+                return key, may_evict, False
+        return None, False, False
 
     async def _drain(self, key: Key, loaded: Loaded, cause: str) -> None:
         wait_s = 1e-3

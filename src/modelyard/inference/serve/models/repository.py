@@ -113,16 +113,21 @@ class Repository:
         self._draining = False
 
     async def load_all(
-        self, load_one: Callable[[Pick], Loaded], pool: Pool, on_change: Callable[[Entry], None]
+        self,
+        load_one: Callable[[Pick], Loaded],
+        pool: Pool,
+        on_change: Callable[[Entry], None],
+        load_beside: Callable[[Pick], Loaded] | None = None,
     ) -> None:
         """Load every version, one after the other; one that cannot be loaded is marked failed and the others go on.
 
         Args:
             load_one: loads a version; called on `pool`, which has one thread (`loader_pool`).
             on_change: told of each version that becomes ready, before the first request meets it, or fails; later ones too.
+            load_beside: loads a version that nobody waits for while another answers; `load_one` where it is None.
         """
         self._on_change = on_change
-        await self._keeper.start(load_one, pool)
+        await self._keeper.start(load_one, pool, load_beside)
 
     # Requests.
 

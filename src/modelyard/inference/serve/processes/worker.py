@@ -19,7 +19,7 @@ from modelyard.inference.serve.front import Front
 from modelyard.inference.serve.metrics.access_log import AccessLog
 from modelyard.inference.serve.metrics.observe import ServerMetrics, Timeline
 from modelyard.inference.serve.metrics.tracing import Tracer
-from modelyard.inference.serve.models.loading import Loaded, Pick, loader_pool
+from modelyard.inference.serve.models.loading import Loaded, Pick, Turns, load_quietly, loader_pool
 from modelyard.inference.serve.models.repository import STICKY, Entry, Repository
 from modelyard.inference.serve.processes.seat import Json, Seat
 from modelyard.inference.serve.processes.server import ServerSettings
@@ -60,6 +60,8 @@ class Models:
     """Loads a version; called on a thread."""
     describe: Callable[[Loaded], str]
     """Returns a command that asks a model something, for the report."""
+    turns: Turns
+    """Made before the workers were: they load one after the other while they answer."""
 
 
 class Worker:
@@ -108,7 +110,9 @@ class Worker:
         )
         sweeper = loop.create_task(self._sweep())
         pool = loader_pool()
-        loading = loop.create_task(repository.load_all(self._models.load_one, pool, self._on_change))
+        load_one, turns = self._models.load_one, self._models.turns
+        load_beside = partial(load_quietly, load_one, turns)
+        loading = loop.create_task(repository.load_all(load_one, pool, self._on_change, load_beside))
         watching: asyncio.Task[None] | None = None
         try:
             await _first(loading, self._drain.wait(), self._end.wait())
