@@ -1,5 +1,6 @@
 """The policy, rule by rule, on cases small enough to be worked by hand. Times are in milliseconds here."""
 
+import heapq
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -689,6 +690,29 @@ class TestLearning:
         world.hum(per_ms=10, until=1000, latency_s=batching_helps)
         for n_rows in (1, 4, 16, world.scheduler.target_batch):
             assert scheduler.latency_of().high_s(n_rows) == pytest.approx(batching_helps(n_rows), rel=0.25)
+
+    def test_a_slow_first_run_does_not_make_clients_wait_for_company_for_good(self) -> None:
+        """8 clients that ask again when they are answered, 2 instances, batching that gains nothing, and a slow first run."""
+        scheduler = Scheduler(Policy(1.0, 64, 2), LatencyModel(64, guess_row_s=4 * MS))
+        now_s, n_answered = 0.0, 0
+        ends: list[tuple[float, int, Batch]] = []
+        clients = [Call(1, 0.0, 1.0) for _ in range(8)]
+        n_batches = 0
+        while now_s < 2.0:
+            for call in clients:
+                assert scheduler.arrive(call, now_s) is None
+            while (batch := (decision := scheduler.decide(now_s)).batch) is not None:
+                took_s = 38 * MS if n_batches == 0 else batching_gains_nothing(batch.n_rows)
+                n_batches += 1
+                heapq.heappush(ends, (now_s + took_s, n_batches, batch))
+            if decision.wake_s is not None and (not ends or decision.wake_s < ends[0][0]):
+                now_s, clients = decision.wake_s, []
+                continue
+            now_s, _, batch = heapq.heappop(ends)
+            scheduler.finish(batch, now_s, now_s - batch.started_s)
+            n_answered += len(batch.jobs)
+            clients = [Call(1, now_s, now_s + 1.0) for _ in batch.jobs]
+        assert n_answered > 0.9 * 2 * 2.0 / (4 * MS)  # both instances, all the time
 
     def test_a_model_believed_too_slow_is_tried_again(self) -> None:
         world = World(lambda n_rows: 30 * MS)  # more than the target: so says the profile

@@ -144,6 +144,13 @@ class LatencyModel:
         """Return whether l(n_rows) rests on runs or a profile of about this size, rather than on extrapolation."""
         return self._weights[self._knot_of[n_rows]] > 0.0
 
+    def well_known(self, limit: int) -> tuple[int, int]:
+        """Return the smallest and the largest size up to `limit` that some runs or a profile tell of; (0, 0) where none do."""
+        known = [
+            size for size, weight in zip(self._sizes, self._weights, strict=True) if weight >= _YOUNG and size <= limit
+        ]
+        return (known[0], known[-1]) if known else (0, 0)
+
     def observe(self, n_rows: int, service_s: float) -> None:
         """Learn that a batch of `n_rows` in [1, max_batch_size] took `service_s`."""
         knot = self._knot_of[n_rows]

@@ -507,6 +507,8 @@ class Scheduler:
                 lane.n_unprobed = 0
                 limit = lane.probe_limit
         limit = bisect_right(lane.l_s, lane.head_s - now_s, 1, limit + 1) - 1
+        if self._n_free > 1 and lane.b_star == 1:  # nobody waits for company, so none is taken from idle instances
+            limit = min(limit, -(-lane.n_rows // self._n_free))
         taken: list[Job] = []
         n_taken = 0
         levels = lane.levels
@@ -741,19 +743,24 @@ class Scheduler:
         rate = lane.arrivals.high_rows_per_s
         share = lane.load / self._load if len(self._lanes) > 1 and lane.load > 0.0 else 1.0
         enough = bisect_left(best, rate / (policy.utilization * n * share), 1, b_max)
-        gain = l_s[1] * b_max / l_s[b_max]
+        # How many times faster the largest batch is than its rows one by one: of those known, or hoped where none is.
+        smallest, largest = lane.latency.well_known(b_max)
+        known = largest >= 2 * smallest > 0
+        useful = largest if known else b_max
+        gain = l_s[1] * useful / l_s[useful]
         b_star = 1
         if gain < policy.batching_gain:
             # The smallest batch that does the work, since company would only make it late; now and then a larger one.
-            useful = b_max
+            feasible = b_max
             b_max = lane.limit = min(enough, bisect_left(best, _NEARLY * best[useful], 1, useful))
-            lane.probe_limit = min(2 * b_max, useful)
+            lane.probe_limit = min(2 * b_max, feasible)
             if not lane.latency.seen(lane.probe_limit):
                 lane.n_unprobed = _PROBE_EVERY
         else:
             if b_max > step > 1:
                 b_max -= b_max % step  # whole jobs
-            if n > 1 and enough > 1 and gain >= policy.waiting_gain:
+            # Only for what is known: whoever waits on a hope may never learn better.
+            if n > 1 and enough > 1 and known and gain >= policy.waiting_gain:
                 lane.caution = lane.latency.spread
                 b_star = min(-(-enough // step) * step, self._gatherable(lane, b_max, rate))
         lane.b_max, lane.b_star = b_max, b_star
