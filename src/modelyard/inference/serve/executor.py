@@ -94,6 +94,7 @@ class Executor:
         self._turn_due = False
         self._strained_until_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._wake_s: float | None = None
         self._idle: list[SimpleQueue[Batch | None]] = []
         self._threads: list[threading.Thread] = []
         self._inboxes: list[SimpleQueue[Batch | None]] = []
@@ -195,6 +196,10 @@ class Executor:
             else:
                 inbox.put(batch)
 
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._turn()
+
     def _is_short(self, batch: Batch) -> bool:
         """Whether handing the batch to a thread would cost more than computing it."""
         return self._usual.seconds(batch.n_rows) <= self._inline_below_s
@@ -272,10 +277,13 @@ class Executor:
 
     def _wake_at(self, wake_s: float | None) -> None:
         if self._timer is not None:
+            if wake_s == self._wake_s:
+                return  # making a timer costs a tenth of what a request does
             self._timer.cancel()
             self._timer = None
+        self._wake_s = wake_s
         if wake_s is not None and self._loop is not None and not self._closed:
-            self._timer = self._loop.call_later(max(0.0, wake_s - perf_counter()), self._turn)
+            self._timer = self._loop.call_later(max(0.0, wake_s - perf_counter()), self._on_timer)
 
     def _error(self, refusal: Refusal) -> Exception:
         kind = DeadlineExceeded if refusal.cause == "deadline" else Overloaded
