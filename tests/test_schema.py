@@ -1,5 +1,6 @@
 """A value from a file that breaks the schema is told by its field, its value and the remedy."""
 
+import time
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -21,6 +22,8 @@ class Outer(Frozen, frozen=True):
     parts: tuple[Inner, ...] = ()
     weights: dict[str, float] = field(default_factory=dict)
     after: Inner | None = None
+    shelves: dict[str, Inner] = field(default_factory=dict)
+    rooms: tuple[dict[str, dict[Annotated[str, Meta(pattern="^[0-9]$")], int]], ...] = ()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,7 @@ class Outer(Frozen, frozen=True):
         (
             {"name": "a", "nmae": "b"},
             "the top level",
-            r"the top level: unknown key 'nmae', did you mean 'name'\? the keys here are name, parts, weights, after;",
+            r"the top level: unknown key 'nmae', did you mean 'name'\? the keys here are name, parts, weights, after, shelves, rooms;",
         ),
         ({"name": "a", "xyzzy": 1}, "the top level", r"unknown key 'xyzzy'; the keys here are name, parts"),
         ({"name": "a", "parts": [{"sizes": 1}]}, "parts[0]", r"parts\[0\]: unknown key 'sizes', did you mean 'size'\?"),
@@ -54,7 +57,23 @@ class Outer(Frozen, frozen=True):
         ({"name": "", "parts": []}, "name", r"name: must be text of length at least 1, got '';"),
         ({"name": {"a": 1}}, "name", r"name: must be text, got a table of keys and values;"),
         ({}, "the top level", r"the top level: the key 'name' is missing and has no default"),
-        ({"name": "a", "weights": {"x": "heavy"}}, "weights[...]", r"weights\[\.\.\.\]: must be a number, got text;"),
+        ({"name": "a", "weights": {"x": "heavy"}}, "weights.x", r"weights\.x: must be a number, got 'heavy';"),
+        (
+            {"name": "a", "weights": {"x": 1, "y": 2, "z.1": "heavy", "w": 4}},
+            'weights."z.1"',
+            r'weights\."z\.1": must be a number, got \'heavy\';',
+        ),
+        ({"name": "a", "shelves": {"left": {}, "right": {"size": 0}}}, "shelves.right.size", r"of at least 1, got 0;"),
+        (
+            {"name": "a", "shelves": {"left": {}, "right": {"sise": 2}}},
+            "shelves.right",
+            r"shelves\.right: unknown key 'sise', did you mean 'size'\?",
+        ),
+        (
+            {"name": "a", "rooms": [{}, {"1": {"2": 1}, "3": {"4": 1, "five": 1, "6": 1}}]},
+            "rooms[1].3",
+            r"rooms\[1\]\.3: the key must be text that matches the pattern '\^\[0-9\]\$', got 'five';",
+        ),
         ([], "the top level", r"the top level: must be a table of keys and values, got \[\]"),
     ],
 )
@@ -68,6 +87,15 @@ def test_a_long_value_is_cut() -> None:
     with pytest.raises(ConfigError, match=r"got \['x', .*\.\.\.; correct") as caught:
         convert({"name": ["x"] * 1000}, Outer, source="yard.toml", error=ConfigError)
     assert len(str(caught.value)) < 200
+
+
+def test_the_wrong_entry_of_a_long_table_is_found_at_once() -> None:
+    """A client may send such a table; trying its entries one by one would take minutes."""
+    weights = {str(n): 1.0 for n in range(100_000)} | {"last": "heavy"}
+    started_s = time.perf_counter()
+    with pytest.raises(ConfigError, match=r"weights\.last: must be a number, got 'heavy'"):
+        convert({"name": "a", "weights": weights}, Outer, source="yard.toml", error=ConfigError)
+    assert time.perf_counter() - started_s < 10
 
 
 @given(st.builds(Outer, name=st.text(min_size=1), parts=st.lists(st.builds(Inner, size=st.integers(1, 99))).map(tuple)))

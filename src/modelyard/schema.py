@@ -5,6 +5,8 @@ is wanted and the remedy.
 """
 
 import difflib
+import functools
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -26,10 +28,14 @@ def convert(data: Any, into: type[T], *, source: str, error: type[ModelyardError
     try:
         return msgspec.convert(data, into)
     except msgspec.ValidationError as exc:
-        complaint, _, path = str(exc).partition(" - at `")
-        path = path.rstrip("`")
-        field = path.removeprefix("$").lstrip(".") or "the top level"
-        said = _plainly(complaint, _value_at(data, path), list(_types_at(into, path)))
+        complaint, path, is_key = _parts(str(exc))
+        steps = _steps(data, into, str(exc), path)
+        if is_key:  # the last step is the key that is wrong, in the table before it
+            *steps, key = steps
+            said = f"the key {_plainly(complaint, key, [])}"
+        else:
+            said = _plainly(complaint, _value_at(data, steps), list(_types_at(into, steps)))
+        field = _shown(steps)
         raise error(f"{source}: {field}: {said}; correct this field and try again", field=field) from exc
 
 
@@ -39,8 +45,12 @@ def to_builtins(value: Any) -> Any:
 
 
 _ABSENT = object()
+_PLACED = re.compile(r"(?s)(.*) - at (`key` in )?`([^`]*)`")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 """A step of msgspec's `$.a.b[0]`; [...] is any key of a mapping."""
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+|\.\.\.")
+Step = str | int
+"""A key, or an index."""
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -51,6 +61,74 @@ _KINDS = {
     "null": "null",
 }
 _BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+
+def _parts(message: str) -> tuple[str, str, bool]:
+    """Return what msgspec complains of, the path it names, and whether it means the key at its end, not the value."""
+    match = _PLACED.fullmatch(message)
+    if match is None:
+        return message, "$", False
+    complaint, in_key, path = match.groups()
+    return complaint, f"{path}[...]" if in_key else path, bool(in_key)
+
+
+def _steps(data: Any, into: Any, message: str, path: str) -> list[Step]:
+    """Return the steps of `path`, with the key that is meant in the place of each [...]."""
+    steps: list[Step] = []
+    for name, index in _STEP.findall(path):
+        if index == "...":
+            steps.append(_guilty_key(data, into, message, steps))
+        else:
+            steps.append(name or int(index))
+    return steps
+
+
+def _guilty_key(data: Any, into: Any, message: str, steps: list[Step]) -> str:
+    """Return the key of the table at `steps` without which msgspec would not say `message`.
+
+    By halving: the wrong entry is in the half that alone brings the same complaint. A table of a hostile client may be long.
+    """
+    try:
+        table = functools.reduce(lambda outer, step: outer[step], steps, data)
+        keys = list(table)
+        while len(keys) > 1:
+            half = keys[: len(keys) // 2]
+            tried = _replaced(data, steps, {key: table[key] for key in half})
+            keys = half if _complaint(tried, into) == message else keys[len(half) :]
+        return str(keys[0])
+    except (KeyError, IndexError, TypeError):
+        return "..."
+
+
+def _replaced(data: Any, steps: list[Step], value: Any) -> Any:
+    """Return a copy of `data` with `value` at `steps`."""
+    if not steps:
+        return value
+    first, *rest = steps
+    if isinstance(data, dict):
+        return data | {first: _replaced(data[first], rest, value)}
+    items = list(data)
+    items[int(first)] = _replaced(items[int(first)], rest, value)
+    return items
+
+
+def _complaint(data: Any, into: Any) -> str:
+    try:
+        msgspec.convert(data, into)
+    except msgspec.ValidationError as exc:
+        return str(exc)
+    return ""
+
+
+def _shown(steps: list[Step]) -> str:
+    """["models", "a.b", "sizes", 0] → models."a.b".sizes[0], as TOML would write it."""
+    text = ""
+    for step in steps:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            text += f".{step if _BARE_KEY.fullmatch(step) else json.dumps(_cut(step), ensure_ascii=False)}"
+    return text.removeprefix(".") or "the top level"
 
 
 def _plainly(complaint: str, value: Any, types: list[inspect.Type]) -> str:
@@ -89,11 +167,11 @@ def _keys(kind: inspect.Type) -> list[str]:
     return [field.encode_name for field in kind.fields] if isinstance(kind, inspect.StructType) else []
 
 
-def _types_at(into: Any, path: str) -> Iterator[inspect.Type]:
-    """Yield the types that may stand at `path` within an `into`; nothing where it leads out of what is known."""
+def _types_at(into: Any, steps: list[Step]) -> Iterator[inspect.Type]:
+    """Yield the types that may stand at `steps` within an `into`; nothing where they lead out of what is known."""
     types = list(_flat(inspect.type_info(into)))
-    for name, _ in _STEP.findall(path):
-        types = [inner for kind in types for step in _below(kind, name) for inner in _flat(step)]
+    for step in steps:
+        types = [inner for kind in types for below in _below(kind, step) for inner in _flat(below)]
     yield from types
 
 
@@ -108,26 +186,29 @@ def _flat(kind: inspect.Type) -> Iterator[inspect.Type]:
         yield kind
 
 
-def _below(kind: inspect.Type, name: str) -> Iterator[inspect.Type]:
-    """Yield the type of the key `name`, or of the items where `name` is empty."""
+def _below(kind: inspect.Type, step: Step) -> Iterator[inspect.Type]:
+    """Yield the type of what stands one step further in."""
     if isinstance(kind, inspect.StructType):
-        yield from (field.type for field in kind.fields if field.encode_name == name)
-    elif isinstance(kind, inspect.ListType | inspect.VarTupleType) and not name:
+        yield from (field.type for field in kind.fields if field.encode_name == step)
+    elif isinstance(kind, inspect.ListType | inspect.VarTupleType) and isinstance(step, int):
         yield kind.item_type
-    elif isinstance(kind, inspect.DictType) and not name:
+    elif isinstance(kind, inspect.DictType) and isinstance(step, str):
         yield kind.value_type
 
 
-def _value_at(data: Any, path: str) -> Any:
-    """Follow msgspec's `$.a.b[0]` into `data`; `_ABSENT` where it leads nowhere."""
-    for name, index in _STEP.findall(path):
+def _value_at(data: Any, steps: list[Step]) -> Any:
+    """Follow `steps` into `data`; `_ABSENT` where they lead nowhere, or to a table."""
+    for step in steps:
         try:
-            data = data[name] if name else data[int(index)]
-        except (KeyError, IndexError, TypeError, ValueError):
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
             return _ABSENT
     return _ABSENT if isinstance(data, dict) else data
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."

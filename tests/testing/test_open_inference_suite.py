@@ -6,6 +6,8 @@ must be failed by some fault: one that nothing can fail would prove nothing.
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -497,6 +499,51 @@ def test_json_holds_every_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert (told["model"], told["server"]["name"]) == ("plain", "reference")  # the first of the repository index
     assert {result["id"] for result in told["results"]} == {check.id for check in selected(["infer"])}
     assert all(result["status"] in ("pass", "skipped") for result in told["results"])
+
+
+def test_the_summary_says_for_which_reasons_checks_were_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    with ReferenceServer() as reference:
+        assert main([reference.url, "--model", "single", "--only", "grpc", "http", "repository"]) == 0
+    *reasons, total = capsys.readouterr().out.splitlines()
+    assert reasons[0].endswith("no address of gRPC is given; give one with --grpc HOST:PORT")
+    n_skipped = [int(line.removeprefix("skipped").partition(":")[0]) for line in reasons]
+    assert len(reasons) == 6
+    assert reasons[-1].endswith("other reasons; see --verbose")
+    assert total.endswith(f"0 failed, {sum(n_skipped)} skipped")
+
+
+def test_grpc_that_cannot_be_tried_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with ReferenceServer() as reference:
+        arguments = [reference.url, "--model", "plain", "--grpc", "127.0.0.1:1"]
+        assert main(arguments) == 2
+        assert (
+            capsys.readouterr().err == "error: --grpc needs grpcio, which is not installed; run: pip install grpcio\n"
+        )
+        assert main([*arguments, "--only", "health"]) == 0  # nothing of it was asked
+
+
+@pytest.mark.skipif(not HAS_GRPC, reason="needs grpcio")
+def test_grpc_where_nothing_answers_it_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with ReferenceServer() as reference:
+        for address in ("127.0.0.1:1", reference.url.removeprefix("http://")):
+            arguments = [reference.url, "--model", "plain", "--grpc", address, "--only", "grpc", "--timeout", "2"]
+            assert main(arguments) == 2
+            assert f"--grpc must be HOST:PORT where the server speaks gRPC, got '{address}'" in capsys.readouterr().err
+        with ReferenceServer("gRPC is not live") as broken:
+            assert main([broken.url, "--model", "plain", "--grpc", broken.grpc, "--only", "grpc.live"]) == 1
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    command = [sys.executable, "-m", "modelyard.testing.open_inference", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_checks_can_be_listed_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:

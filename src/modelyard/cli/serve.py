@@ -106,27 +106,24 @@ _PORT = click.IntRange(0, 65535)
     help="Seconds after SIGTERM to finish what is in flight. Default: 30.",
 )
 @allow_domain_option
-@click.option("--access-log", is_flag=True, help="Write one JSON line per request to stderr.")
+@click.option("--access-log", is_flag=True, default=None, help="Write one JSON line per request to stderr.")
 @click.option(
     "--access-log-file",
-    "access_log_path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(dir_okay=False),
     metavar="FILE",
     help="Write the access log to this file instead; SIGHUP opens it anew.",
 )
 @click.option(
     "--access-log-sample",
-    default=1.0,
-    show_default=True,
     type=click.FloatRange(0, 1),
-    help="Share of requests in the access log; failed ones are always there.",
+    help="Share of requests in the access log; failed ones are always there. Default: 1.",
 )
 @click.option(
     "--trace-sample",
     type=click.FloatRange(0, 1),
     help="Send traces of this share of requests by OpenTelemetry (extra otel). Default: no tracing.",
 )
-@click.option("--triton-metrics", is_flag=True, help="Add the metrics under Triton's names.")
+@click.option("--triton-metrics", is_flag=True, default=None, help="Add the metrics under Triton's names.")
 @click.option("--json", "as_json", is_flag=True, help='Print {"url": …, "models": …} to stdout when ready.')
 def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tuple[str, ...], **given: Any) -> None:
     """Serve the models in STORE: rows with named columns, the Open Inference Protocol (REST and gRPC), TensorFlow Serving's REST.
@@ -181,7 +178,9 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
         return config.settings(name, overridden=overridden)
 
     policies = policies_of(models) if models else config.policies()
-    picks = choose(opened, models or (() if config.server.all_models else list(config.models)))
+    tell = partial(click.echo, err=True)
+    picks = choose(opened, models) if models else config.picks(opened, tell)
+    config.check_traffic(opened, {pick.name for pick in picks})
     bound = {"http": bind(said("host", "127.0.0.1"), said("port", 8000))}
     grpc_port = said("grpc_port", None)
     if grpc_port is not None:
@@ -194,13 +193,14 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
 
     n_workers = said("workers", None) or workers_by_measuring([] if lazy else picks, measured)
     limits = HttpLimits()
+    access_log_file = said("access_log_file", None)
     settings = ServerSettings(
         grpc_port=grpc_port,
-        access_log=given["access_log"] or given["access_log_path"] is not None,
-        access_log_path=given["access_log_path"],
-        access_log_sample=given["access_log_sample"],
-        trace_sample=given["trace_sample"],
-        triton_metrics=given["triton_metrics"],
+        access_log=said("access_log", False) or access_log_file is not None,
+        access_log_path=None if access_log_file is None else Path(access_log_file),
+        access_log_sample=said("access_log_sample", 1.0),
+        trace_sample=said("trace_sample", None),
+        triton_metrics=said("triton_metrics", False),
         poll_s=said("poll_s", 10.0),
         limits=HttpLimits(
             max_body_bytes=said("max_body_bytes", limits.max_body_bytes),
@@ -213,6 +213,7 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
             max_connections=said("max_connections", 16384),
         ),
     )
+    defaults = {pick.name: pick.version for pick in reversed(picks)}  # the first of a name is its default
     budget_bytes = said("memory_budget_bytes", None)
     url = bound["http"].url
 
@@ -231,12 +232,14 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
         return load_one(pick, settings_of(pick.name), n_workers=n_workers)
 
     def describe(loaded: "Loaded") -> str:
-        return _example(url, loaded, Path(store, loaded.name, str(loaded.version)))
+        is_default = defaults.get(loaded.name, loaded.version) == loaded.version
+        return _example(url, loaded, Path(store, loaded.name, str(loaded.version)), is_default=is_default)
 
     def on_ready(reports: list[dict[str, Any]]) -> None:
         served = reports[0]["models"]
         for model in served:
-            told = f"loaded in {model['load_s']:.3f} s" if "load_s" in model else f"{model['state']}: {model['reason']}"
+            reason = "is loaded with its first request" if model["state"] == "unloaded" else model["reason"]
+            told = f"loaded in {model['load_s']:.3f} s" if "load_s" in model else f"{model['state']}: {reason}"
             click.echo(f"{model['name']} version {model['version']}: {told}", err=True)
         grpc = f", gRPC on {bound['grpc'].url.removeprefix('http://')}" if "grpc" in bound else ""
         click.echo(f"ready on {url}{grpc}, {n_workers} worker{'s' if n_workers > 1 else ''}", err=True)
@@ -256,12 +259,12 @@ def serve(store: str, models: tuple[str, ...], as_json: bool, allow_domains: tup
     def worker(seat: "Seat") -> int:
         return run_worker(seat, settings, Models(repository, load_with_settings, describe, turns))
 
-    code = serve_on(bound, settings, worker, on_ready=on_ready, on_event=partial(click.echo, err=True))
+    code = serve_on(bound, settings, worker, on_ready=on_ready, on_event=tell)
     sys.exit(code)
 
 
-def _example(url: str, model: "Loaded", bundle: Path) -> str:
-    """Return a command that asks `model` for a prediction of a golden case.
+def _example(url: str, model: "Loaded", bundle: Path, *, is_default: bool) -> str:
+    """Return a command that asks `model` for a prediction of a golden case; by its version, where another is the default.
 
     That is a curl command. A row too large for a line, such as an image, is read by Python from the cases in `bundle`; where
     that is no folder here, or the row is not one plain array, the command asks what the model takes.
@@ -272,14 +275,15 @@ def _example(url: str, model: "Loaded", bundle: Path) -> str:
 
     from modelyard.bundle.format import CASES
 
-    route = f"{url}/v1/models/{model.name}:predict"
+    place = f"models/{model.name}" if is_default else f"models/{model.name}/versions/{model.version}"
+    route = f"{url}/v1/{place}:predict"
     body = json.dumps({"instances": [model.example]}, ensure_ascii=False)
     if len(body) <= _LONGEST_EXAMPLE:
         return f"curl {route} -d {shlex.quote(body)}"
     cases = bundle.resolve() / CASES
     (spec, *others) = model.signature.inputs
     if others or not spec.batched or spec.datatype in ("BYTES", "BF16") or "null" in body or not cases.is_file():
-        return f"curl {url}/v2/models/{model.name}"
+        return f"curl {url}/v2/{place}"
     code = (
         "import json, numpy, urllib.request as http; "
         f'rows = numpy.load({json.dumps(str(cases), ensure_ascii=False)})["input.0"][:1].tolist(); '

@@ -48,8 +48,8 @@ class Asked(Request):
 
     __slots__ = ("answered", "n_replies")
 
-    def __init__(self, head: Head, body: bytes) -> None:
-        super().__init__(head, body, perf_counter())
+    def __init__(self, head: Head, body: bytes, waited_s: float = 0.0) -> None:
+        super().__init__(head, body, perf_counter() - waited_s)
         self.answered = asyncio.Event()
         self.n_replies = 0
 
@@ -67,12 +67,14 @@ class Serving:
     app: App
     front: Front
     metrics: ServerMetrics
+    waited_s: float = 0.0
+    """How long requests have been here already when they are read."""
 
     def ask(self, path: str, body: bytes | Any, method: str = "POST", **headers: str) -> Asked:
         """Ask; the answer comes when the loop turns. Names of headers with "_" for "-"."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         named = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-        asked = Asked(Head(method, path, headers=named), raw)
+        asked = Asked(Head(method, path, headers=named), raw, self.waited_s)
         self.app(asked)
         return asked
 
@@ -91,7 +93,13 @@ class Serving:
 
 @asynccontextmanager
 async def serving(
-    signature: Signature, compute: Compute, *, on_thread: bool = False, target_s: float = 30.0, **settings: Any
+    signature: Signature,
+    compute: Compute,
+    *,
+    on_thread: bool = False,
+    target_s: float = 30.0,
+    on_behind: Callable[[], object] = lambda: None,
+    **settings: Any,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 of the model "m"; `settings` are those of `Loaded`."""
     scheduler = Scheduler(
@@ -111,7 +119,7 @@ async def serving(
     repository = Repository([Pick("m", 1)])
     with ThreadPoolExecutor(1) as pool:
         await repository.load_all(lambda pick: loaded, pool, lambda entry: None)
-    front = Front(repository, metrics)
+    front = Front(repository, metrics, on_behind)
     routes = [
         *tensorflow.routes(front, repository),
         *open_inference.routes(front, repository),

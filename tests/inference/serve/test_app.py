@@ -156,3 +156,15 @@ def test_a_handler_may_answer_later_and_its_bug_is_caught_too(capsys: pytest.Cap
     assert asyncio.run(ask("/slow")).body == b'{"done":true}'
     assert asyncio.run(ask("/bad")).status == 500
     assert "oops" in capsys.readouterr().err
+
+
+def test_who_is_told_of_refusals_hears_of_those_that_the_front_does_not_see() -> None:
+    told: list[tuple[str, str]] = []
+    repository = Repository([Pick("m", 1)])
+    app = App(
+        tensorflow.routes(Front(repository, ServerMetrics(new_slabs())), repository),
+        on_refused=lambda request, error: told.append((request.path, type(error).__name__)),
+    )
+    for path in ("/nowhere", "/v1/models", "/v1/models/nobody:predict"):  # the last one is the front's to count
+        app(Asked(path))
+    assert told == [("/nowhere", "UnknownPath"), ("/v1/models", "MethodNotAllowed")]

@@ -38,7 +38,7 @@ def test_terms_are_read_once_per_head() -> None:
 @pytest.mark.parametrize(
     ("header", "value", "message"),
     [
-        (b"modelyard-timeout-ms", b"0", "Modelyard-Timeout-Ms must be a number from 0 to 8.64e"),
+        (b"modelyard-timeout-ms", b"0", "Modelyard-Timeout-Ms must be a number above 0, up to 86400000"),
         (b"modelyard-timeout-ms", b"-1", "Modelyard-Timeout-Ms"),
         (b"modelyard-timeout-ms", b"nan", "Modelyard-Timeout-Ms"),
         (b"modelyard-timeout-ms", b"inf", "Modelyard-Timeout-Ms"),

@@ -50,7 +50,7 @@ def test_an_answer_tells_its_steps_in_their_order() -> None:
     assert told["batch"]["rows"] == told["batch"]["requests"] == 1
     assert told["started_because"] == "instance free"
     assert re.fullmatch(
-        r"arrived, was admitted [\d.e-]+ ms later, waited [\d.e-]+ ms \(instance free\), ran alone for [\d.e-]+ ms, and was "
+        r"arrived, was admitted [\d.e-]+ ms after it arrived, waited [\d.e-]+ ms \(instance free\), ran alone for [\d.e-]+ ms, and was "
         r"answered [\d.e-]+ ms after it arrived",
         told["summary"],
     )
@@ -66,8 +66,8 @@ def test_company_in_the_batch_is_told() -> None:
 @pytest.mark.parametrize(
     ("body", "headers", "status", "cause"),
     [
-        ({"instances": [["a", 1]]}, {}, 400, "RequestError"),
-        ({"instances": [[1, 2]]}, {"modelyard_timeout_ms": "1e-6"}, 503, "overload"),
+        ({"instances": [["a", 1]]}, {}, 400, "bad_request"),
+        ({"instances": [[1, 2]]}, {"modelyard_timeout_ms": "1e-6"}, 504, "deadline"),
     ],
 )
 def test_a_refusal_is_explained_too(body: Any, headers: dict[str, str], status: int, cause: str) -> None:
@@ -79,8 +79,7 @@ def test_a_refusal_is_explained_too(body: Any, headers: dict[str, str], status: 
     answer = json.loads(response.body)
     assert response.status == status
     assert answer["timeline"]["cause"] == cause
-    assert answer["timeline"]["error"] == answer["error"]
-    assert answer["timeline"]["summary"].startswith("not run; answered ")
+    assert answer["timeline"]["summary"].startswith(f"arrived, was not admitted ({cause}), and was answered ")
     assert answer["timeline"]["admitted_after_ms"] is None
 
 

@@ -65,6 +65,31 @@ def test_a_request_is_answered_and_counted_by_its_protocol() -> None:
     assert counted == {("m", "1", "rest-v1", "ok", ""): 1.0, ("m", "1", "rest-v2", "ok", ""): 1.0}
 
 
+@pytest.mark.parametrize("path", [PREDICT, INFER])
+def test_what_is_read_too_late_is_turned_away_alike_and_the_worker_said_to_be_behind(path: str) -> None:
+    behind: list[None] = []
+
+    async def main() -> Any:
+        async with serving(SIGNATURE, total, target_s=10.0, on_behind=lambda: behind.append(None)) as server:
+            body = {"instances": [[1, 2]]} if path == PREDICT else tensor([1, 2])
+            server.waited_s = 6.0
+            refused = [await server.answer(path, body) for _ in range(2)]
+            told = await server.answer(path, body, modelyard_explain="true")
+            if path == INFER:  # the body says that it has more time
+                patient = tensor([1, 2], parameters={"timeout": 20_000_000})
+                assert (await server.answer(path, patient)).status == 200
+            return refused, told, {key: n for key, n in server.counted().items() if key[3] != "ok"}
+
+    (first, second), told, counted = asyncio.run(main())
+    assert first.status == second.status == told.status == 503
+    assert first.headers == ((b"Retry-After", b"1"),)
+    assert error_of(first) == error_of(second) == error_of(told)
+    assert "reads requests later than they could be answered" in error_of(first)
+    assert json.loads(told.body)["timeline"]["cause"] == "overload"
+    assert list(counted.values()) == [3.0]
+    assert len(behind) == 3
+
+
 @pytest.mark.parametrize(
     ("path", "body", "headers", "status", "counted"),
     [
@@ -74,7 +99,7 @@ def test_a_request_is_answered_and_counted_by_its_protocol() -> None:
         (INFER, tensor([1]), {}, 400, ("m", "1", "rest-v2", "client_error", "bad_request")),
         ("/v1/models/n:predict", {"instances": []}, {}, 404, ("", "", "rest-v1", "client_error", "unknown_model")),
         ("/v2/models/m/versions/9/infer", {}, {}, 404, ("", "", "rest-v2", "client_error", "unknown_model")),
-        (PREDICT, {"instances": [[1, 2]]}, {"modelyard_timeout_ms": "1e-6"}, 503, ("m", "1", "rest-v1", "refused", "overload")),
+        (PREDICT, {"instances": [[1, 2]]}, {"modelyard_timeout_ms": "1e-6"}, 504, ("m", "1", "rest-v1", "refused", "deadline")),
     ],
 )  # fmt: skip
 def test_a_refusal_is_counted_by_its_cause(
@@ -264,7 +289,7 @@ def test_a_request_is_freed_with_its_answer_and_not_by_a_later_collection(body: 
         (UnknownModel("x"), True, False, ("client_error", "unknown_model")),
         (BodyTooLarge("x"), True, False, ("client_error", "body_too_large")),
         (MethodNotAllowed("x"), True, False, ("client_error", "method")),
-        (UnsupportedEncoding("x"), True, False, ("client_error", "bad_request")),
+        (UnsupportedEncoding("x"), True, False, ("client_error", "unsupported_encoding")),
         (Overloaded("x", cause="queue_full", retry_after_s=1.0), True, False, ("refused", "queue_full")),
         (DeadlineExceeded("x", cause="expired", retry_after_s=1.0), True, True, ("dropped", "expired")),
         (NotReady("x"), True, False, ("refused", "not_ready")),

@@ -25,6 +25,7 @@ headers = st.sampled_from(
         b"Upgrade: h2c\r\nConnection: Upgrade", b"Upgrade: websocket", b"Expect: 100-continue", b"X-Request-Id: mine", b"X-Empty:",
         b"X-Empty:   ", b"X-Folded: a\r\n b", b"Content-Encoding: gzip", b"Content-Encoding: identity", b"Accept-Encoding: gzip",
         b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: identity", b"Content-Length: 0",
+        b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked", b"Content-Encoding: gzip\r\nContent-Encoding: gzip",
         b"Content-Length: 5", b"Content-Length: 18446744073709551616", b"Content-Length: 99999999", b"Content-Length: +1", b"bad header",
         b": no name", b"traceparent: 00-0", b"A: b", b"B\x00: c", b"C: \x80\xff", b"D : e",
     ]
@@ -95,6 +96,17 @@ def talk(pieces: list[bytes], **options: Any) -> tuple[bytes, bool]:
 def test_any_bytes_are_answered_without_a_fault_of_ours(data: bytes) -> None:
     answers, _ = talk([data])
     assert set(statuses(answers)) <= {100, 200, 400, 405, 413, 415, 431}
+
+
+@given(requests=st.lists(plain, min_size=1, max_size=4), at=places, n_missing=st.integers(1, 20))
+def test_a_stream_cut_off_anywhere_ends_with_an_answer_that_says_so(
+    requests: list[bytes], at: list[int], n_missing: int
+) -> None:
+    last = b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+    answers, closed = talk(cut(b"".join(requests) + last[:-n_missing], at))
+    assert statuses(answers) == [200] * len(requests) + [400]
+    assert b"the HTTP request ended " in answers
+    assert closed
 
 
 @given(data=streams(), at=places)

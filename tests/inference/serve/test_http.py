@@ -1,8 +1,12 @@
 """The edge, over raw sockets to a real server: what a parser alone does not promise."""
 
+import gzip
+import http.client
 import json
 import re
 import socket
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,35 @@ LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 def post(body: bytes = ROW, *headers: bytes) -> bytes:
     lines = [b"POST /v1/models/flights:predict HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), *headers]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def patient(n_steps: int) -> bytes:
+    body = json.dumps({"inputs": [{"name": "n_steps", "shape": [1], "datatype": "INT64", "data": [n_steps]}]}).encode()
+    return (
+        b"POST /v2/models/patient/infer HTTP/1.1\r\nHost: x\r\nModelyard-Timeout-Ms: 60000\r\nContent-Length: %d\r\n\r\n%b"
+        % (
+            len(body),
+            body,
+        )
+    )
+
+
+def counted(server: Any) -> dict[tuple[str, str, str], float]:
+    """Return how many requests ended how: (protocol, outcome, cause) → number."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=20) as answer:
+        text = answer.read().decode()
+    return {
+        (found["protocol"], found["outcome"], found.get("cause", "")): float(value)
+        for labels, value in re.findall(r"^modelyard_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE)
+        if float(value) and (found := dict(re.findall(r'(\w+)="([^"]*)"', labels)))
+    }
+
+
+def await_counted(server: Any, wanted: dict[tuple[str, str, str], float]) -> None:
+    until_s = time.monotonic() + 20
+    while counted(server) != wanted and time.monotonic() < until_s:
+        time.sleep(0.02)
+    assert counted(server) == wanted
 
 
 class Connection:
@@ -167,10 +200,92 @@ def test_a_client_that_closes_its_side_gets_its_answers(connection: Connection) 
     assert connection.at_end()
 
 
-def test_a_request_cut_off_in_the_middle_is_dropped(connection: Connection) -> None:
-    connection.send(post()[:-5])
+def test_a_client_that_closes_its_side_and_waits_long_is_asked_whether_it_is_still_there(
+    connection: Connection,
+) -> None:
+    connection.send(patient(500) + patient(1))
+    connection.socket.shutdown(socket.SHUT_WR)
+    assert [connection.answer()[0] for _ in range(3)] == [100, 200, 200]
+    assert connection.at_end()
+
+
+def test_a_client_of_the_standard_library_that_closes_its_side_gets_its_late_answer(server: Any) -> None:
+    host, port = server.address
+    client = http.client.HTTPConnection(host, port, timeout=20)
+    client.request("POST", "/v2/models/patient/infer", patient(500).partition(b"\r\n\r\n")[2])
+    client.sock.shutdown(socket.SHUT_WR)
+    with client.getresponse() as answer:
+        assert answer.status == 200
+        assert b"outputs" in answer.read()
+    client.close()
+
+
+def test_a_client_of_http_1_0_that_closes_its_side_gets_its_late_answer_and_nothing_else(
+    connection: Connection,
+) -> None:
+    connection.send(patient(500).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    connection.socket.shutdown(socket.SHUT_WR)
+    assert connection.answer()[0] == 200
+    assert connection.at_end()
+
+
+def test_what_clients_that_closed_still_waited_for_is_not_computed(store: Path, serve: Any) -> None:
+    """No reset, just close(), as curl does when its time is up."""
+    with serve(store, "--workers", "1", "--model", "patient", "--target", "60") as server:
+        with Connection(server) as first:
+            first.send(patient(2000))
+            for _ in range(5):
+                with Connection(server) as hurried:
+                    hurried.send(patient(2000))
+            assert first.answer()[0] == 200
+        await_counted(server, {("rest-v2", "ok", ""): 1, ("rest-v2", "cancelled", ""): 5})
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "why"),
+    [
+        (post()[:-5], f"after {len(ROW) - 5} of {len(ROW)} body bytes"),
+        (post()[: -len(ROW)], f"after 0 of {len(ROW)} body bytes"),
+        (LIVE[:-2], "before its headers did"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[]\r\n", "before its last chunk"),
+    ],
+)
+def test_a_request_cut_off_in_the_middle_is_400_and_says_where(
+    connection: Connection, unfinished: bytes, why: str
+) -> None:
+    connection.send(LIVE + unfinished)
+    connection.socket.shutdown(socket.SHUT_WR)
+    assert connection.answer()[0] == 200
+    status, _, body = connection.answer()
+    assert status == 400
+    assert why in json.loads(body)["error"]
+    assert connection.at_end()
+
+
+def test_a_client_that_closes_its_side_between_requests_is_told_nothing(connection: Connection) -> None:
+    connection.send(LIVE)
+    assert connection.answer()[0] == 200
     connection.socket.shutdown(socket.SHUT_WR)
     assert connection.at_end()
+
+
+@pytest.mark.parametrize(
+    "lines", [b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked"]
+)
+def test_a_transfer_coding_besides_chunked_is_refused_by_name(connection: Connection, lines: bytes) -> None:
+    connection.send(b"POST / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n\r\n0\r\n\r\n")
+    status, _, body = connection.answer()
+    assert status == 400
+    assert "'gzip, chunked'" in json.loads(body)["error"]
+    assert connection.at_end()
+
+
+def test_a_content_encoding_given_twice_is_not_taken_for_one(connection: Connection) -> None:
+    twice = gzip.compress(gzip.compress(ROW))
+    connection.send(post(twice, b"Content-Encoding: gzip", b"Content-Encoding: gzip"))
+    status, _, body = connection.answer()
+    assert status == 415
+    assert "'gzip, gzip'" in json.loads(body)["error"]
 
 
 @pytest.mark.parametrize(
@@ -279,3 +394,31 @@ def test_errors_carry_a_request_id_too(connection: Connection) -> None:
     status, headers, body = connection.answer()
     assert (status, headers["x-request-id"]) == (404, "mine")
     assert "/v1/models" in json.loads(body)["error"]
+
+
+def test_every_refusal_is_counted_by_its_cause_and_logged_with_it(store: Path, serve: Any) -> None:
+    refused = [
+        (404, "unknown_path", LIVE.replace(b"live", b"nowhere")),
+        (405, "method", LIVE.replace(b"GET", b"PUT")),
+        (400, "bad_request", post(ROW, b"Modelyard-Priority: high")),
+        (415, "unsupported_encoding", post(ROW, b"Content-Encoding: br")),
+        (400, "bad_request", post(ROW, b"Content-Encoding: gzip")),
+        (413, "body_too_large", post(b"x" * 1001)),
+        (431, "headers_too_large", LIVE.replace(b"Host", b"X: " + b"a" * 40_000 + b"\r\nHost")),
+        (400, "bad_request", b"nonsense\r\n\r\n"),
+        (408, "client_too_slow", LIVE[:-2]),
+    ]
+    options = ("--max-body-bytes", "1000", "--read-timeout", "0.2", "--access-log")
+    with serve(store, "--workers", "1", "--model", "tabular", *options) as server:
+        wanted: dict[tuple[str, str, str], float] = {}
+        for status, cause, sent in refused:
+            with Connection(server) as connection:
+                connection.send(sent)
+                assert connection.answer()[0] == status
+            wanted["http", "client_error", cause] = wanted.get(("http", "client_error", cause), 0) + 1
+        assert counted(server) == wanted
+        server.terminate()
+        assert server.process.wait(timeout=60) == 0
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    told = [(line["status"], line["cause"]) for line in lines if line["path"] != "/metrics"]
+    assert told == [(status, cause) for status, cause, _ in refused]

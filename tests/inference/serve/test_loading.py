@@ -1,7 +1,11 @@
 """What loading a version gives, and that freeing it gives its memory back to the system."""
 
 import gc
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,19 @@ from modelyard.bundle.reference import summarise
 from modelyard.bundle.store import LocalStore
 from modelyard.errors import DigestMismatch, NotInStore
 from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
-from modelyard.inference.serve.models.loading import ModelSettings, Pick, load, loader_pool, resident_bytes
+from modelyard.inference.serve.models.loading import (
+    ModelSettings,
+    Pick,
+    Turns,
+    load,
+    load_quietly,
+    loader_pool,
+    resident_bytes,
+)
 from modelyard.testing.bundles import LINEAGE, late_bundle
 
 MIB = 2**20
+PATIENCE_S = 60.0
 
 
 def wide_content(n_mib: int) -> BundleContent:
@@ -139,3 +152,38 @@ def test_memory_comes_back_to_the_system_however_often_a_model_is_loaded(tmp_pat
             assert cycle() - before > 40 * MIB  # it was there
             seen.append(resident_bytes())
     assert max(seen[-5:]) - before < 10 * MIB, [round(one / MIB) for one in seen]
+
+
+def test_processes_load_in_turns_and_one_that_dies_gives_its_turn_back() -> None:
+    turns = Turns()
+    inside, outside = os.pipe()
+    child = os.fork()
+    if not child:
+        with turns:
+            os.write(outside, b"mine")
+            time.sleep(PATIENCE_S)
+        os._exit(0)
+    assert os.read(inside, 4) == b"mine"
+    taken = threading.Event()
+
+    def take() -> None:
+        with turns:
+            taken.set()
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    assert not taken.wait(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert taken.wait(PATIENCE_S)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux alone has this class of threads")
+def test_a_quiet_load_leaves_the_processor_to_everybody_else() -> None:
+    def policy(pick: Pick) -> Any:
+        return os.sched_getscheduler(threading.get_native_id()), pick
+
+    pick = Pick("m", 1)
+    found: Any = load_quietly(policy, Turns(), pick)
+    assert found == (os.SCHED_IDLE, pick)
+    assert policy(pick)[0] == os.SCHED_OTHER

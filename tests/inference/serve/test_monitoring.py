@@ -68,7 +68,7 @@ def test_an_inference_is_told_step_by_step() -> None:
     ("body", "headers", "status", "cause"),
     [
         ({"instances": [["a", 1]]}, {}, 400, "bad_request"),
-        ({"instances": [[1, 2]]}, {"modelyard_timeout_ms": "1e-6"}, 503, "overload"),
+        ({"instances": [[1, 2]]}, {"modelyard_timeout_ms": "1e-6"}, 504, "deadline"),
     ],
 )
 def test_a_refusal_is_told_with_its_cause_and_no_steps_it_never_took(

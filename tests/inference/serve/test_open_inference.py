@@ -93,6 +93,7 @@ def test_the_client_sees_health_metadata_and_versions(client: Any) -> None:
         "parameters",
         "schedule_policy",
     ]
+    assert "trace" not in client.get_server_metadata()["extensions"]  # there is nowhere to send traces to
     metadata = client.get_model_metadata("flights", "1")
     assert metadata["versions"] == ["1"]
     assert metadata["inputs"][2] == {"name": "carrier", "datatype": "BYTES", "shape": [-1]}

@@ -173,6 +173,23 @@ class TestInfer:
         assert int(trailers["retry-after"]) >= 1
         assert int(trailers["grpc-retry-pushback-ms"]) >= 1
 
+    def test_in_a_stream_a_refusal_says_so_in_its_place_and_explains_itself(
+        self, channel: Any, small_models: SmallModels
+    ) -> None:
+        inputs = inputs_of(small_models["tabular"].rows)
+        request = triton.service_pb2.ModelInferRequest(model_name="tabular", id="7")
+        request.inputs.extend([tensor._get_tensor() for tensor in inputs])
+        request.raw_input_contents.extend([tensor._get_content() for tensor in inputs])
+        request.parameters["timeout"].int64_param = 1
+        request.parameters["explain"].bool_param = True
+        stream = triton.service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        (answer,) = stream(iter([request]), timeout=20)
+        parameters = answer.infer_response.parameters
+        assert "deadline" in answer.error_message
+        assert answer.infer_response.id == "7"
+        assert int(parameters["retry-after"].string_param) >= 1
+        assert json.loads(parameters["modelyard-timeline"].string_param)["cause"] == "deadline"
+
     def test_a_client_that_leaves_is_not_computed_for(
         self, server: CallServer, channel: Any, small_models: SmallModels
     ) -> None:

@@ -159,12 +159,18 @@ def test_a_version_policy_of_tritons_configuration_is_followed(server: Server, c
             {"parameters": {"config": '{"version_policy": {"specific": {"versions": [true]}}}'}},
             "version_policy must be",
         ),
+        (
+            {"parameters": {"config": '{"version_policy": {"specific": {"versions": [1, 9]}}}'}},
+            "late has no version 9; there are versions 1;",
+        ),
     ],
 )
 def test_a_load_that_cannot_be_followed_is_the_clients_fault(server: Server, body: Any, complaint: str) -> None:
     status, answer, _ = server.ask("POST", "/v2/repository/models/late/load", body)
     assert status == 400
     assert complaint in answer["error"]
+    assert server.served() == [[("1", "READY")], [("1", "READY")]]
+    assert server.ask("POST", "/v2/repository/models/late/load", {})[0] == 200  # the policy is what it was
 
 
 def test_unknown_models_and_broken_versions_are_told(server: Server, client: Any) -> None:

@@ -726,6 +726,21 @@ class TestLearning:
         assert not fates[0]
         assert all(fates[-300:])
 
+    def test_a_slow_spell_does_not_lock_out_clients_with_less_time_than_the_target(self) -> None:
+        world = World(lambda n_rows: 3 * MS, target=300)
+        for step in range(0, 32_000, 2000):
+            call = world.at(step).admit(within=5000)
+            world.scheduler.finish(world.batch(), world.at(step + 1100).now_s, 1100 * MS)
+            assert not call.queued
+        fates = []
+        for step in range(40_000, 50_000, 100):
+            refusal = world.at(step).scheduler.arrive(world.call(within=150), world.now_s)
+            fates.append(refusal is None)
+            if refusal is None:
+                world.scheduler.finish(world.batch(), world.now_s, 3 * MS)
+        assert not fates[0]
+        assert all(fates[-20:])
+
     def test_a_client_in_a_hurry_does_not_make_it_believe_in_miracles(self) -> None:
         world = World()
         for step in range(0, 3000, 5):

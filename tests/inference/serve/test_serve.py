@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ def get(url: str) -> tuple[int, Any]:
     except urllib.error.HTTPError as exc:
         with exc:
             return exc.code, json.load(exc)
+
+
+def written(folder: Path, text: str) -> str:
+    """Return the path of a serve.toml that says so."""
+    path = folder / f"{zlib.crc32(text.encode())}.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
 
 
 def serve_to_the_end(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -56,7 +64,52 @@ def test_the_champion_is_served_else_the_latest(tmp_path: Path, publish: Any, sm
     open_store(store).tag("with-champion", "champion", 2)
     with serve(store) as server:
         assert {model["name"]: model["version"] for model in server.models} == {"with-champion": 2, "without": 3}
-        assert get(f"{server.url}/v2/models/without/versions/2")[0] == 404
+        status, answer = get(f"{server.url}/v2/models/without/versions/2")
+        assert status == 404
+        assert "the store has it: tag it champion" in answer["error"]
+        assert "--model without=2" in answer["error"]
+        assert "the store has it" not in get(f"{server.url}/v2/models/without/versions/4")[1]["error"]
+
+
+def test_the_printed_examples_ask_each_version(tmp_path: Path, publish: Any, small_models: Any, serve: Any) -> None:
+    for _ in range(2):
+        publish(tmp_path / "store", small_models["tabular"], "late")
+    config = written(tmp_path, "[models.late]\nversions = [1, 2]")
+    with serve(tmp_path / "store", "--config", config) as server:
+        lines = server.log.read_text().partition("ready on")[2].splitlines()[1:3]
+        assert [line.split()[1].removeprefix(server.url) for line in lines] == [
+            "/v1/models/late:predict",
+            "/v1/models/late/versions/2:predict",
+        ]
+        for line in lines:
+            assert "predictions" in subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout
+
+
+def test_a_model_that_waits_for_its_first_request_says_so(store: Path, serve: Any) -> None:
+    with serve(store, "--model", "tabular", "--load", "lazy") as server:
+        assert "tabular version 1: unloaded: is loaded with its first request\n" in server.log.read_text()
+
+
+def test_serve_toml_says_how_the_server_runs_and_options_override_it(tmp_path: Path, store: Path, serve: Any) -> None:
+    log = tmp_path / "access.jsonl"
+    config = written(
+        tmp_path,
+        f"""[server]
+        access_log_file = {json.dumps(str(log))}
+        access_log_sample = 0
+        idle_timeout_s = 0.2
+        triton_metrics = true
+        """,
+    )
+    with serve(store, "--model", "tabular", "--config", config, "--access-log-sample", "1") as server:
+        get(f"{server.url}/v2/health/live")
+        with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+            assert b"nv_inference_count" in answer.read()
+        with idle_connection(server) as idle:
+            assert idle.recv(1) == b""  # closed for being silent
+        server.terminate()
+        assert server.process.wait(timeout=60) == 0
+    assert json.loads(log.read_text().splitlines()[0])["path"] == "/v2/health/live"
 
 
 def test_model_options_choose_models_versions_and_tags(
@@ -109,9 +162,23 @@ def test_when_no_model_can_be_loaded_the_server_ends_with_2(tmp_path: Path, publ
 
 
 def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path, store: Path) -> None:
+    demo = tmp_path / "demo"
+    empty = tmp_path / "empty"
+    demo.mkdir()
+    empty.mkdir()
+    (demo / "store").symlink_to(store)
     for arguments, message in [
         ([str(tmp_path / "nowhere")], "no such store folder"),
-        ([str(tmp_path)], "no model in the store"),
+        ([str(empty)], f"error: {empty}: there is no model in the store; publish one"),
+        ([str(demo)], f"no model in the store; give {demo / 'store'}, which is a store with models"),
+        (
+            [str(store), "--config", written(tmp_path, "[models.tabular]\nversions = [1, 9]")],
+            "tabular has no version 9",
+        ),
+        ([str(store), "--config", written(tmp_path, "[models.tabula]")], "no model 'tabula'"),
+        ([str(store), "--config", written(tmp_path, "[server]\nall_models = false")], "nothing to serve"),
+        ([str(store), "--config", written(tmp_path, "[models.tabular.traffic]\nsplit = { 9 = 1 }")], "no version 9"),
+        ([str(store), "--access-log-file", "/nowhere/a.jsonl"], "--access-log-file /nowhere/a.jsonl: cannot be opened"),
         ([str(store / "tabular" / "1")], "is a bundle"),
         ([str(store), "--model", "nobody"], "nobody"),
         ([str(store), "--model", "tabular=9"], "no version 9"),

@@ -9,8 +9,12 @@ import pytest
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.inference.serve.calls import Call, Run
 from modelyard.inference.serve.executor import Executor
+from modelyard.inference.serve.metrics.metrics import new_slabs
+from modelyard.inference.serve.metrics.observe import ModelMetrics, ServerMetrics
 from modelyard.inference.serve.models.loading import Loaded
+from modelyard.inference.serve.models.served_model import ServedModel
 from modelyard.inference.serve.models.shadow import MAX_PENDING, Mirror, Shadow, ShadowCounts, compare, same_inputs
+from modelyard.inference.serve.models.traffic import Traffic
 from modelyard.inference.serve.packing import Packer
 from modelyard.inference.serve.scheduling.latency_model import LatencyModel
 from modelyard.inference.serve.scheduling.scheduling import Policy, Scheduler
@@ -98,9 +102,10 @@ def answered(first_row: int = 0) -> Call:
 class Pair:
     """Two versions, the one a shadow of the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: ModelMetrics | None = None) -> None:
         self.engine = Twice()
         self.first, self.second = loaded(Twice(), 1), loaded(self.engine, 2)
+        self.first.executor.metrics = metrics
         self.counts, self.mirror = ShadowCounts(), Mirror()
         self.shadow = Shadow(self.first, self.second, 1.0, self.counts, self.mirror)
 
@@ -118,8 +123,24 @@ def test_answers_are_compared_row_for_row() -> None:
     pair.finish()
     assert (pair.counts.n_differed, pair.counts.n_agreed) == (1, 1)
     assert pair.counts.max_abs_difference == 1.0
-    assert pair.counts.news() == (("agreed", 1), ("differed", 1), ("failed", 0), ("skipped", 0))
-    assert pair.counts.news() == (("agreed", 0), ("differed", 0), ("failed", 0), ("skipped", 0))
+
+
+def test_the_metrics_count_every_call_once_also_those_of_traffic_that_has_changed_since() -> None:
+    metrics = ServerMetrics(new_slabs())
+    pair = Pair(metrics.model("m", 1))
+    pair.shadow.offer(answered(first_row=0))
+    model = ServedModel("m", shadow_counts=pair.counts)
+    model.share(Traffic())
+    assert model.shadow_counts.n_agreed + model.shadow_counts.n_differed == 0
+    pair.shadow.offer(answered(first_row=1))  # still on its way when the traffic changed
+    pair.finish()
+    for _ in range(2):
+        model.shadow_counts.totals.tell()
+        lines = metrics.exposition()[1].decode().splitlines()
+        assert sorted(line for line in lines if line.startswith("modelyard_shadow_requests_total{")) == [
+            'modelyard_shadow_requests_total{model="m",version="1",shadow_version="2",outcome="agreed"} 1',
+            'modelyard_shadow_requests_total{model="m",version="1",shadow_version="2",outcome="differed"} 1',
+        ]
 
 
 def test_a_shadow_that_fails_is_counted_and_nothing_else() -> None:

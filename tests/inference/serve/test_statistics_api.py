@@ -194,12 +194,18 @@ def test_trace_settings_of_an_unknown_model_are_404(server: SideServer) -> None:
     assert ask(f"{server.url}/v2/models/nobody/trace/setting", {"trace_rate": "5"})[0] == 404
 
 
-def test_without_a_place_to_send_traces_to_they_cannot_be_turned_on(store: Path) -> None:
+def test_without_a_place_to_send_traces_to_there_are_no_settings(store: Path) -> None:
     with side_server(store, [Pick("tabular", 1)], traces=None) as server:
-        assert ask(f"{server.url}/v2/trace/setting")[1]["trace_level"] == ["OFF"]
-        status, answer = ask(f"{server.url}/v2/trace/setting", {"trace_level": ["TIMESTAMPS"]})
-        assert status == 400
-        assert "nowhere to send traces to" in answer["error"]
+        for path in ("/v2/trace/setting", "/v2/models/tabular/trace/setting"):
+            for body in (None, {"trace_level": ["TIMESTAMPS"]}):
+                status, answer = ask(server.url + path, body)
+                assert status == 404
+                assert "nowhere to send traces to; start it with --trace-sample" in answer["error"]
+
+
+def test_tracing_is_listed_where_there_is_somewhere_to_send_traces_to() -> None:
+    assert TraceControl(TraceSettings(), lambda model, settings: None).extensions == ("trace",)
+    assert TraceControl(None, lambda model, settings: None).extensions == ()
 
 
 def test_applying_twice_is_applying_once() -> None:

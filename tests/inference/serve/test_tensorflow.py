@@ -4,12 +4,14 @@ import asyncio
 import base64
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from in_process import Compute, serving
 from numpy.typing import NDArray
+from side_server import ask as get
 
 from modelyard.bundle.manifest import BATCH, Signature, TensorSpec
 from modelyard.inference.serve.transport.messages import Response
@@ -35,6 +37,18 @@ def flights(inputs: Arrays) -> Arrays:
         [f"{carrier}:{hour}" for carrier, hour in zip(inputs["carrier"], inputs["hour"], strict=True)], dtype=object
     )
     return {"label": label, "scores": np.stack([late, 1 - late], axis=1)}
+
+
+NAMED = Signature(
+    inputs=COLUMNS,
+    outputs=tuple(TensorSpec(name=name, datatype="BYTES", shape=(BATCH,)) for name in ("raw_bytes", "raw")),
+)
+
+
+def named(inputs: Arrays) -> Arrays:
+    texts = flights(inputs)["label"]
+    plain = np.array([text.replace(":", "") for text in texts], dtype=object)
+    return {"raw_bytes": plain, "raw": plain}
 
 
 def total(inputs: Arrays) -> Arrays:
@@ -146,6 +160,31 @@ class TestPredict:
         assert message in refused("/v1/models/m:predict", body)
 
 
+class TestBase64:
+    """Texts of outputs called …_bytes are written in base64, as TensorFlow Serving does."""
+
+    def test_it_is_so_in_rows_and_in_columns(self) -> None:
+        def asked(body: Any) -> Any:
+            return answered("/v1/models/m:predict", body, of=NAMED, compute=named)
+
+        e, nothing = {"b64": base64.b64encode("é7".encode()).decode()}, {"b64": "Nw=="}
+        rows = [{"hour": 7, "miles": 1, "carrier": "é"}, {"hour": 7, "miles": 1, "carrier": ""}]
+        assert asked({"instances": rows}) == {
+            "predictions": [{"raw_bytes": e, "raw": "é7"}, {"raw_bytes": nothing, "raw": "7"}]
+        }
+        assert asked({"inputs": rows[0]}) == {"outputs": {"raw_bytes": e, "raw": "é7"}}
+        columns = {"hour": [7, 7], "miles": [1, 1], "carrier": ["é", ""]}
+        assert asked({"inputs": columns}) == {"outputs": {"raw_bytes": [e, nothing], "raw": ["é7", "7"]}}
+
+    def test_the_open_inference_protocol_gives_the_text(self) -> None:
+        tensors = [
+            {"name": spec.name, "datatype": spec.datatype, "shape": [1], "data": [value]}
+            for spec, value in zip(COLUMNS, (7, 1, "é"), strict=True)
+        ]
+        outputs = answered("/v2/models/m/infer", {"inputs": tensors}, of=NAMED, compute=named)["outputs"]
+        assert [output["data"] for output in outputs] == [["é7"], ["é7"]]
+
+
 class TestExamples:
     def test_classify_gives_pairs_of_label_and_score(self) -> None:
         body = {"examples": [{"hour": 20}, {"hour": 7}], "context": {"miles": 10, "carrier": "UA"}}
@@ -183,12 +222,26 @@ class TestExamples:
         assert "no scores per class" in refused("/v1/models/m:classify", body, of=POINTS, compute=total)
 
 
+@pytest.mark.parametrize("path", ["m:explain", "m/versions/1:explain", "m/labels/champion:Explain"])
+def test_kserves_explain_is_404_with_what_there_is_instead(path: str) -> None:
+    response = ask(f"/v1/models/{path}", {"instances": ROWS})
+    assert response.status == 404
+    assert "explanations of predictions are not offered here; POST the rows to :predict" in response.body.decode()
+
+
 class TestStatus:
     def test_a_version_is_available(self) -> None:
         status = {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
         for path in ("/v1/models/m", "/v1/models/m/versions/1"):
             assert answered(path, method="GET") == {"name": "m", "ready": True, "model_version_status": [status]}
         assert answered("/v1/models", method="GET") == {"models": ["m"]}
+
+    def test_a_version_that_its_first_request_loads_is_ready_in_every_protocol(self, store: Path, serve: Any) -> None:
+        """A client that waited for it to be ready would wait for ever."""
+        with serve(store, "--model", "tabular", "--load", "lazy") as server:
+            status, told = get(f"{server.url}/v1/models/tabular")
+            assert (status, told["ready"], told["model_version_status"][0]["state"]) == (200, True, "AVAILABLE")
+            assert get(f"{server.url}/v2/models/tabular/ready") == (200, {"name": "tabular", "ready": True})
 
     def test_metadata_is_in_tensorflows_words(self) -> None:
         told = answered("/v1/models/m/metadata", method="GET")

@@ -15,7 +15,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
+from modelyard.inference.runtime.bfloat16 import Bfloat16Session
+
 _FATAL_ONLY = 4
+_MEMORY_IS_SHORT = ("Failed to allocate memory", "std::bad_alloc")
 
 
 class OnnxRuntimeEngine:
@@ -29,20 +32,25 @@ class OnnxRuntimeEngine:
         # Threads that spin while idle take the cores that requests and other models need.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         source = model if isinstance(model, bytes) else str(model)
+        where = "the graph" if isinstance(model, bytes) else str(model)
         try:
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = Bfloat16Session(session) if Bfloat16Session.wanted(session) else session
         except Exception as exc:  # onnxruntime's exceptions share no base but Exception
-            where = "the graph" if isinstance(model, bytes) else str(model)
+            if _is_of_memory(exc):
+                raise MemoryError(f"{where}: too little memory to load it: {exc}") from exc
             raise MalformedGraph(f"{where}: onnxruntime {ort.__version__} refuses it: {exc}") from exc
         self.name = f"onnxruntime {ort.__version__}"
         self._run_options = ort.RunOptions()  # one for all runs; they only read it
         self._run_options.log_severity_level = _FATAL_ONLY
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         try:
             answers = self._session.run(self._outputs, dict(inputs), self._run_options)
         except Exception as exc:  # as above
+            if _is_of_memory(exc):
+                raise MemoryError(f"too little memory to compute this input: {exc}") from exc
             raise RequestError(f"onnxruntime could not compute this input: {exc}") from exc
         return dict(zip(self._outputs, answers, strict=True))
 
@@ -52,3 +60,8 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         del self._session
+
+
+def _is_of_memory(exc: Exception) -> bool:
+    """Whether it is this machine that fails, and not the graph or the data; onnxruntime has no class of its own for that."""
+    return isinstance(exc, MemoryError) or any(text in str(exc) for text in _MEMORY_IS_SHORT)

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import traceback
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from modelyard.inference.serve.front import fault, is_explained
@@ -14,8 +14,12 @@ from modelyard.inference.serve.transport.routes import Route, Router
 class App:
     """Answers every request: with what its route says, or with the error that explains why not."""
 
-    def __init__(self, routes: Iterable[Route]) -> None:
+    def __init__(
+        self, routes: Iterable[Route], *, on_refused: Callable[[Request, Exception], object] = lambda request, exc: None
+    ) -> None:
+        """`on_refused` is told of every request that is answered with an error here; those of the front tell for themselves."""
         self._router = Router(routes)
+        self._on_refused = on_refused
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, request: Request) -> None:
@@ -46,4 +50,5 @@ class App:
             text = "".join(traceback.format_exception(exc))
             request_id = request.request_id.decode("latin-1")
             sys.stderr.write(f"bug: {request.method} {request.path} (request {request_id}) failed:\n{text}")
+        self._on_refused(request, exc)
         request.reply(fault(exc, request.request_id))

@@ -84,6 +84,7 @@ class Call:
         "asker",
         "bucket",
         "cancelled",
+        "cause",
         "deadline_s",
         "error",
         "explain",
@@ -91,6 +92,7 @@ class Call:
         "first_row",
         "form",
         "inputs",
+        "load_wait_s",
         "loaded",
         "n_rows",
         "on_done",
@@ -131,6 +133,10 @@ class Call:
         self.loaded: Loaded | None = None
         self.run: Run | None = None
         self.first_row = 0
+        self.load_wait_s = 0.0
+        """How long it waited for its version to be loaded."""
+        self.cause = ""
+        """Of `error`, as it is counted."""
         self.error: Exception | None = None
         self.on_done: Callable[[Call], None] = _nobody
 
@@ -190,7 +196,8 @@ def _number(headers: Mapping[bytes, bytes], name: bytes, highest: float) -> floa
         value = -1.0
     if not 0 <= value <= highest or (name is TIMEOUT and value == 0):
         title = name.decode().title()
-        raise RequestError(f"header {title} must be a number from 0 to {highest:g}, got {_shown(text)}")
+        least = "above 0, up to" if name is TIMEOUT else "from 0 to"
+        raise RequestError(f"header {title} must be a number {least} {highest:.0f}, got {_shown(text)}")
     return value
 
 

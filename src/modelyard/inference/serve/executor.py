@@ -28,7 +28,6 @@ INLINE_BELOW_S = 200e-6
 _STRAINED_S = 1.0
 _REFUSALS = {
     "overload": "there is more work waiting than can be done in time",
-    "deadline": "its deadline is shorter than one run of the model takes",
     "queue_full": "the queue is full",
 }
 
@@ -286,8 +285,14 @@ class Executor:
             self._timer = self._loop.call_later(max(0.0, wake_s - perf_counter()), self._on_timer)
 
     def _error(self, refusal: Refusal) -> Exception:
-        kind = DeadlineExceeded if refusal.cause == "deadline" else Overloaded
-        return kind(
+        if refusal.cause == "deadline":
+            return DeadlineExceeded(
+                f"{self._name}: refused, since its deadline is sooner than a run takes, about {refusal.retry_after_s * 1e3:.3g} ms; allow "
+                "more time with the header Modelyard-Timeout-Ms",
+                cause=refusal.cause,
+                retry_after_s=refusal.retry_after_s,
+            )
+        return Overloaded(
             f"{self._name}: refused, since {_REFUSALS.get(refusal.cause, refusal.cause)}; try again in {refusal.retry_after_s:.2g} s, or "
             "allow more time with the header Modelyard-Timeout-Ms",
             cause=refusal.cause,

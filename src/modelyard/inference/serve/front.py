@@ -7,13 +7,16 @@ A protocol brings an Adapter; everything it would otherwise do by itself and dif
 
 import sys
 import traceback
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Protocol
 
 from modelyard.errors import (
     BodyTooLarge,
+    ClientTooSlow,
     Cold,
     DeadlineExceeded,
+    HeadersTooLarge,
     MethodNotAllowed,
     ModelyardError,
     NotReady,
@@ -21,6 +24,7 @@ from modelyard.errors import (
     RequestError,
     UnknownModel,
     UnknownPath,
+    UnsupportedEncoding,
 )
 from modelyard.inference.serve.calls import NO_TERMS, Call, Terms
 from modelyard.inference.serve.explain import explained, timeline
@@ -29,11 +33,16 @@ from modelyard.inference.serve.metrics.vocabulary import Outcome
 from modelyard.inference.serve.models.repository import COLD_PATIENCE_S, Loaded, Repository
 from modelyard.inference.serve.transport.messages import Request, Response, error_response, json_response
 
+_PROMPT_S = 1e-3
+"""A request read within this time has not waited; what its deadline allows is the scheduler's to judge."""
 _CAUSES: dict[type, str] = {
     UnknownModel: "unknown_model",
     UnknownPath: "unknown_path",
     MethodNotAllowed: "method",
     BodyTooLarge: "body_too_large",
+    ClientTooSlow: "client_too_slow",
+    HeadersTooLarge: "headers_too_large",
+    UnsupportedEncoding: "unsupported_encoding",
 }
 
 
@@ -53,6 +62,10 @@ class Adapter(Protocol):
     protocol: str
     """For metrics, e.g. "rest-v2"."""
 
+    def own_timeout_s(self, asker: Any) -> float | None:
+        """Return the timeout that the body asks for, as far as can be seen without reading its rows; raises nothing."""
+        ...
+
     def read(self, asker: Any, loaded: Loaded) -> Call:
         """Return what is asked, packed; raises RequestError. May set the call's timeout_s and priority."""
         ...
@@ -69,9 +82,13 @@ class Adapter(Protocol):
 class Front:
     """Asks models on behalf of protocols. Belongs to the event loop."""
 
-    def __init__(self, repository: Repository, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, repository: Repository, metrics: ServerMetrics, on_behind: Callable[[], object] = lambda: None
+    ) -> None:
+        """`on_behind` is called for every request that was read too late to be answered in time."""
         self._repository = repository
         self._metrics = metrics
+        self._on_behind = on_behind
 
     def ask(
         self,
@@ -96,41 +113,47 @@ class Front:
         """Have the version loaded; the request waits within its deadline, or for some time where it brings none."""
 
         waits = True
+        began_s = perf_counter()
+        own_s = adapter.own_timeout_s(asker) or terms.timeout_s
 
         def then(loaded: Loaded) -> None:
             nonlocal waits
             waits = False
+            now_s = perf_counter()
             # Its own deadline counts from arrival; the model's target from when there is a model.
-            self._ask(asker, terms, adapter, loaded, asker.arrived_s if terms.timeout_s else perf_counter())
+            self._ask(asker, terms, adapter, loaded, asker.arrived_s if own_s else now_s, now_s - began_s)
 
         def otherwise(error: Exception) -> None:
             nonlocal waits
             waits = False
             self._refuse(asker, adapter, error, terms)
 
-        deadline_s = asker.arrived_s + (terms.timeout_s or COLD_PATIENCE_S)
+        deadline_s = asker.arrived_s + (own_s or COLD_PATIENCE_S)
         forget = self._repository.when_ready(cold, deadline_s, then, otherwise)
         if waits:  # else it is answered, or on its way, already
             asker.on_gone = forget
 
-    def _ask(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded, since_s: float) -> None:
-        """Submit to a version; `since_s` is what its deadline counts from."""
+    def _ask(
+        self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded, since_s: float, load_wait_s: float = 0.0
+    ) -> None:
+        """Submit to a version; `since_s` is what its deadline counts from, `load_wait_s` how long it waited for the version."""
+        call = None
         try:
             now_s = perf_counter()
             budget_s = terms.timeout_s or loaded.target_s
             executor = loaded.executor
             # What has waited for this long to be read will wait as long again for its answer to be written.
-            if now_s + now_s - since_s - since_s > budget_s:
+            waited_s = now_s - since_s
+            if waited_s + waited_s > budget_s and waited_s > _PROMPT_S and adapter.own_timeout_s(asker) is None:
                 self._turn_away(asker, terms, adapter, loaded)
                 return
             refusal = executor.refusal(1, since_s + budget_s, now_s)
-            if refusal is not None:
+            if refusal is not None and adapter.own_timeout_s(asker) is None:
                 raise refusal
             try:
                 call = adapter.read(asker, loaded)
             except RecursionError as exc:
                 raise RequestError("the body is nested too deeply; rows and tensors have a few levels at most") from exc
-            check_rows(call.n_rows, loaded)
             call.asker = asker
             call.adapter = adapter
             call.loaded = loaded
@@ -139,16 +162,19 @@ class Front:
             call.priority = call.priority or terms.priority
             call.explain = call.explain or terms.explain
             call.terms = terms
+            call.load_wait_s = load_wait_s
             call.on_done = self._done
+            check_rows(call.n_rows, loaded)
             if loaded.cache is not None and self._is_cached(call, loaded, now_s):
                 return
             executor.submit(call)
             asker.on_gone = call.cancel
         except Exception as exc:  # noqa: BLE001  # as above
-            self._refuse(asker, adapter, exc, terms, loaded)
+            self._refuse(asker, adapter, exc, terms, loaded, call)
 
     def _turn_away(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded) -> None:
         """Refuse what was read too late, for less than an answer costs: else an overload of the reader would never end."""
+        self._on_behind()
         late = loaded.too_late.get(adapter) or _too_late(adapter, loaded)
         error, metrics = late.error, loaded.executor.metrics
         assert error is not None
@@ -193,7 +219,7 @@ class Front:
                 if loaded.shadow is not None:
                     loaded.shadow.offer(call)
                 return
-        self._refuse(asker, adapter, error, call.terms, loaded, call)
+        self._refuse(asker, adapter, error, call.terms, loaded, call, admitted=True)
 
     def _refuse(
         self,
@@ -203,27 +229,27 @@ class Front:
         terms: Terms,
         loaded: Loaded | None = None,
         call: Call | None = None,
+        *,
+        admitted: bool = False,
     ) -> None:
-        """Answer with an error; `call` is there when it was admitted."""
+        """Answer with an error; `call` is there when it was read."""
         asker.on_gone = None
         if not is_explained(error):
             text = "".join(traceback.format_exception(error))
             sys.stderr.write(f"bug: request {asker.request_id.decode('latin-1')} failed:\n{text}")
         metrics = None if loaded is None else loaded.executor.metrics
         ended = self._metrics.ended if metrics is None else metrics.ended
-        ended(adapter.protocol, *outcome_of(error, admitted=call is not None))
-        if call is None and loaded is not None:  # what the log and a timeline can tell of it
+        outcome, cause = outcome_of(error, admitted=admitted)
+        ended(adapter.protocol, outcome, cause)
+        if call is None:  # what the log and a timeline can tell of it
             call = Call((), 0)
-            call.asker, call.adapter, call.loaded, call.terms, call.explain = (
-                asker,
-                adapter,
-                loaded,
-                terms,
-                terms.explain,
-            )
-            call.arrived_s = asker.arrived_s
-            call.deadline_s = asker.arrived_s + (terms.timeout_s or loaded.target_s)
-            call.error = error
+            call.asker, call.adapter, call.loaded, call.terms = asker, adapter, loaded, terms
+            call.explain, call.arrived_s = terms.explain, asker.arrived_s
+            budget_s = terms.timeout_s or (loaded.target_s if loaded is not None else COLD_PATIENCE_S)
+            call.deadline_s = asker.arrived_s + budget_s
+        if not admitted:
+            call.admitted_s = 0.0
+        call.error, call.cause = error, cause
         adapter.fail(asker, error, call)
         if is_explained(error):  # its frames hold all that was read of the body, and the call holds the error
             error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -232,7 +258,7 @@ class Front:
 def _too_late(adapter: Adapter, loaded: Loaded) -> Call:
     """Return what stands for every request that was read too late, kept with the version."""
     late = loaded.too_late[adapter] = Call((), 0)
-    late.adapter, late.loaded = adapter, loaded
+    late.adapter, late.loaded, late.cause = adapter, loaded, "overload"
     late.error = Overloaded(
         f"{loaded.name}: refused, since the server reads requests later than they could be answered in time; try again in "
         "1 s, or allow more time with the header Modelyard-Timeout-Ms",
@@ -282,6 +308,9 @@ class HttpAdapter:
 
     protocol = "http"
 
+    def own_timeout_s(self, request: Request) -> float | None:
+        return None
+
     def read(self, request: Request, loaded: Loaded) -> Call:
         raise NotImplementedError
 
@@ -301,7 +330,7 @@ class HttpAdapter:
         else:
             response = fault(error, request.request_id)
         if call is not None:
-            request.served = call
+            request.served = call if call.loaded is not None else call.cause
             if call.explain:
                 response = explained(response, timeline(call))
         request.reply(response)

@@ -2,26 +2,38 @@
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modelyard.errors import ConfigError
+from modelyard.errors import ConfigError, MissingExtra
+from modelyard.testing.open_inference import grpc
 from modelyard.testing.open_inference.check import Failed, Result
 from modelyard.testing.open_inference.server import Server, Target
 from modelyard.testing.open_inference.suite import run_check, selected
 from modelyard.testing.open_inference.wire import parse_url
 
+N_REASONS_TOLD = 5
 EPILOG = """
 exit status: 0 when no MUST failed (with --strict: nothing failed), 1 when one did, 2 when the server or an option is wrong
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite and return the exit status."""
-    options = _parser().parse_args(arguments)
+    """Run the suite and return the exit status; 1 without a word where the reader of stdout leaves, as `head` does."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except BrokenPipeError:  # never a socket's: wire.py keeps those
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it once more at exit
+        return 1
+    except (ConfigError, MissingExtra, Failed, OSError) as exc:
+        return _usage(str(exc))
+
+
+def _run(options: argparse.Namespace) -> int:
     checks = selected(options.only)
     if not checks:
         return _usage(f"--only {' '.join(options.only)} matches no check; see --list")
@@ -31,21 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not options.url:
         return _usage("give the URL of a server, like http://localhost:8000")
-    try:
-        target = _target(options)
-        server = Server(target)
-        reply = server.get(server.model_path())
-        if reply.status == 404:
-            return _usage(
-                f"{target.url} has no model {server.name!r}; it says {reply.body[:200].decode('utf-8', 'replace')}"
-            )
-        results = []
-        for each in checks:
-            results.append(run_check(each, server))
-            if not options.json and (options.verbose or results[-1].status == "fail"):
-                _say(_told(results[-1]))
-    except (ConfigError, Failed, OSError) as exc:
-        return _usage(str(exc))
+    target = _target(options)
+    server = Server(target)
+    reply = server.get(server.model_path())
+    if reply.status == 404:
+        return _usage(
+            f"{target.url} has no model {server.name!r}; it says {reply.body[:200].decode('utf-8', 'replace')}"
+        )
+    if target.grpc and any(each.area == "grpc" for each in checks):
+        grpc.reach(server)
+    results = []
+    for each in checks:
+        results.append(run_check(each, server))
+        if not options.json and (options.verbose or results[-1].status == "fail"):
+            _say(_told(results[-1]))
     if options.json:
         about = {"url": target.url, "model": server.name, "server": dict(server.metadata)}
         _say(json.dumps({**about, "results": [each.to_builtins() for each in results]}, indent=1, ensure_ascii=False))
@@ -147,10 +158,20 @@ def _summary(server: Server, results: Sequence[Result]) -> str:
     by_level = Counter(each.check.level for each in results if each.status == "fail")
     failed = ", ".join(f"{by_level[level]} {level}" for level in ("MUST", "SHOULD", "MAY") if by_level[level])
     name = f"{server.metadata.get('name', 'a server without a name')} {server.metadata.get('version', '')}".strip()
-    return (
+    total = (
         f"{name}, model {server.name}: {counts['pass']} passed, {counts['fail']} failed{f' ({failed})' if failed else ''}, "
         f"{counts['skipped']} skipped"
     )
+    return "\n".join([*_skips(results), total])
+
+
+def _skips(results: Sequence[Result]) -> list[str]:
+    """Return lines that say for which reasons most checks were skipped."""
+    reasons = Counter(each.reason for each in results if each.status == "skipped")
+    told = reasons.most_common(N_REASONS_TOLD)
+    if n_left := reasons.total() - sum(n for _, n in told):
+        told.append(("other reasons; see --verbose", n_left))
+    return [f"skipped  {n:3}: {reason}" for reason, n in told]
 
 
 def _say(text: str) -> None:

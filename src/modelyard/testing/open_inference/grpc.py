@@ -4,6 +4,7 @@ The documents say of errors no more than "other codes indicate failure"; that th
 server's is told separately, as ID.code.
 """
 
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from modelyard.errors import ConfigError, MissingExtra
 from modelyard.testing.open_inference.check import (
     Check,
     Exchange,
@@ -86,6 +88,27 @@ def channel(server: Server) -> Iterator[Any]:
         yield opened
     finally:
         opened.close()
+
+
+def reach(server: Server) -> None:
+    """Return where something answers gRPC, whatever it says.
+
+    Raises:
+        MissingExtra: grpcio is not installed.
+        ConfigError: nothing answers at the target's address.
+    """
+    try:
+        importlib.import_module("grpc")
+    except ImportError as exc:
+        raise MissingExtra("grpcio", "", "--grpc", alone=True) from exc
+    try:
+        call(server, f"{SERVICE}ServerLive", b"", "ServerLiveResponse")
+    except Refused as exc:
+        if exc.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+            raise ConfigError(
+                f"--grpc must be HOST:PORT where the server speaks gRPC, got {server.target.grpc!r}: {exc}; "
+                "correct it, or leave it out to skip those checks"
+            ) from exc
 
 
 def call(server: Server, path: str, request: Any, answer: str, **options: Any) -> Any:

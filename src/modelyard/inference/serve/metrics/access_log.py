@@ -184,7 +184,7 @@ class AccessLog:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as exc:
                 raise ConfigError(
-                    f"--access-log {self._path}: cannot be opened ({exc.strerror}); give a file in a directory that is there"
+                    f"--access-log-file {self._path}: cannot be opened ({exc.strerror}); give a file in a directory that is there"
                 ) from exc
         try:
             shared = not stat.S_ISREG(os.fstat(self._fd).st_mode)

@@ -20,7 +20,7 @@ from modelyard.errors import ModelyardError, NotInStore, RequestError, StoreErro
 from modelyard.inference.serve.models.keeper import Keeper
 from modelyard.inference.serve.models.served_model import Entry, ServedModel
 from modelyard.inference.serve.models.traffic import Traffic
-from modelyard.inference.serve.models.versions import Listing, read_policy
+from modelyard.inference.serve.models.versions import Listing, VersionPolicy, read_policy, wanted
 from modelyard.schema import convert, to_builtins
 
 Json = dict[str, Any]
@@ -75,13 +75,16 @@ async def obey(keeper: Keeper, command: Json) -> Json:
 
 async def _load(keeper: Keeper, name: str, policy: Any) -> Json:
     listing = await keeper.look_at(name)
+    asked = None if policy is None else read_policy(tuple(policy) if isinstance(policy, list) else policy, "versions")
     if listing is not None:
+        if asked is not None:
+            _require(name, asked, listing)
         keeper.models.setdefault(name, ServedModel(name)).listing = listing
     model = keeper.models.get(name)
     if model is None:
         raise _unknown(keeper, name)
-    if policy is not None:
-        model.policy = read_policy(tuple(policy) if isinstance(policy, list) else policy, "versions")
+    if asked is not None:
+        model.policy = asked
     model.is_off = False
     keeper.plan(model)
     if not model.wanted.versions:
@@ -92,6 +95,16 @@ async def _load(keeper: Keeper, name: str, policy: Any) -> Json:
     keeper.reconcile(model, urgent=True)
     await keeper.until(lambda: not keeper.is_pending(model))
     return _outcome(keeper, model)
+
+
+def _require(name: str, policy: VersionPolicy, listing: Listing) -> None:
+    """Raise RequestError where a policy names what the store has not: half of what was asked for would be no answer."""
+    missing = wanted(policy, listing).missing
+    if missing:
+        raise RequestError(
+            f"versions: {name} has no version {_shown(missing)}; there are versions {_shown(listing.versions)}; "
+            "leave out what is not there, or publish it first"
+        )
 
 
 def _outcome(keeper: Keeper, model: ServedModel) -> Json:

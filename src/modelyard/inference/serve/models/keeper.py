@@ -204,7 +204,7 @@ class Keeper:
         elif wanted.missing != model.wanted.missing:  # a tag that was taken away is no reason to stop answering
             model.wanted = replace(model.wanted, missing=wanted.missing)
             missing = ", ".join(map(str, wanted.missing))
-            self._log(f"{model.name}: the store has no {missing} any more; what was served keeps answering")
+            self._log(f"{model.name}: the store has no {missing}; what was served keeps answering")
 
     def retry(self, model: ServedModel, *, everything: bool = False) -> None:
         """Forget the failures of versions whose files were touched since, or all: they are tried again."""

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from modelyard.bundle.cases import CaseSet
 from modelyard.bundle.format import Bundle, read_bundle
 from modelyard.bundle.manifest import Signature
@@ -163,6 +165,7 @@ def load(
     """
     start_s = time.perf_counter()
     bundle = read_bundle(store.fetch(pick.name, pick.version), allow_domains=allow_domains)
+    _warm_up()
     before_bytes = resident_bytes()
     target_s = settings.target_s or bundle.manifest.targets.latency_p99_s or _TARGET_S
     engine = make_engine(bundle, n_threads=1 if settings.n_threads is None else settings.n_threads)
@@ -296,13 +299,14 @@ class Turns:
     """Taken by one process at a time of those forked after it was made; one that dies gives its turn back."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the processes live
+        self._fd, path = tempfile.mkstemp(prefix="modelyard-turns-")  # stays open as long as the processes live
+        os.unlink(path)  # noqa: PTH108
 
     def __enter__(self) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_UN)
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
 
 def load_quietly(load_one: Callable[[Pick], Loaded], turns: Turns, pick: Pick) -> Loaded:
@@ -323,11 +327,32 @@ def run_when_idle() -> None:
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
+@functools.cache
+def _warm_up() -> None:
+    """Have the engine set itself up, once in a process: over 20 MiB, which would else count as the first model's."""
+    from modelyard.inference.runtime.onnxruntime import OnnxRuntimeEngine
+
+    engine = OnnxRuntimeEngine(_IDENTITY)
+    engine.run({"x": np.zeros((), np.float32)})
+    engine.close()
+
+
+_IDENTITY = (
+    b'\x08\x08B\x04\n\x00\x10\x11:2\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x04warmZ\x0b\n\x01x\x12\x06\n\x04\x08\x01'
+    b"\x12\x00b\x0b\n\x01y\x12\x06\n\x04\x08\x01\x12\x00"
+)
+"""y = Identity(x), a number, as ONNX; written out, for the package that makes such graphs is not on a serving machine."""
+
+
 def resident_bytes() -> int:
-    """Return the resident memory of this process; 0 where the system does not say."""
+    """Return the resident memory of this process that is its own; 0 where the system does not say.
+
+    Pages of files are left out: a library's code comes in when a model first needs it and then serves all models.
+    """
     try:
-        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
+        _, resident, shared = map(int, Path("/proc/self/statm").read_bytes().split()[:3])
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
         return 0
 
 

@@ -168,10 +168,12 @@ class Memory:
         while True:
             residents = self._residents()
             if not can_ever_fit(residents, needed_bytes, budget_bytes):
-                pinned_bytes = sum(one.memory_bytes for one in residents if one.pinned)
+                staying_bytes = sum(one.memory_bytes for one in residents if one.pinned)
+                beside = f" beside {_shown(staying_bytes)} that must stay" if staying_bytes else ""
+                or_else = ", or pin fewer models" if any(loaded.pinned for loaded in self.resident.values()) else ""
                 raise ConfigError(
-                    f"needs about {_mib(needed_bytes)} beside {_mib(pinned_bytes)} that must stay, and the memory budget is "
-                    f"{_mib(budget_bytes)}; raise --memory-budget, or pin fewer models"
+                    f"needs about {_shown(needed_bytes)}{beside}, and the memory budget is {_shown(budget_bytes)}; "
+                    f"raise --memory-budget{or_else}"
                 )
             leaving = evictions(residents, needed_bytes, budget_bytes)
             if leaving is not None and not leaving:
@@ -268,5 +270,8 @@ class Memory:
         self.resident.clear()
 
 
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.0f} MiB"
+def _shown(n_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.4g} {unit}"
+    return f"{n_bytes} bytes"

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from modelyard.bundle.manifest import Signature
-from modelyard.bundle.store import Store
+from modelyard.bundle.store import LocalStore, RecordedStore, Store
 from modelyard.errors import Cold, ConfigError, NotReady, UnknownModel
 from modelyard.inference.serve.models import commands
 from modelyard.inference.serve.models.commands import REFRESH, RELOAD, STICKY, Broadcast, Json
@@ -54,11 +54,20 @@ def choose(store: Store, wanted: Iterable[str] = ()) -> tuple[Pick, ...]:
     """
     asked = [text.partition("=") for text in wanted] or [(name, "", "") for name in store.names()]
     if not asked:
-        raise ConfigError(
-            "there is no model in the store; publish one with modelyard run, train or import, or correct the path"
-        )
+        raise ConfigError(_nothing_in(store))
     picks = [Pick(name, store.resolve(name, ref or None)) for name, _, ref in asked]
     return tuple(dict.fromkeys(picks))
+
+
+def _nothing_in(store: Store) -> str:
+    """Say that a store is empty, and which one below it may have been meant."""
+    where = f"{store.url}: " if isinstance(store, RecordedStore) else ""
+    below = sorted(store.root.iterdir()) if isinstance(store, LocalStore) and store.root.is_dir() else []
+    meant = next((folder for folder in below if folder.is_dir() and LocalStore(folder).names()), None)
+    remedy = "publish one with modelyard run, train or import, or correct the path"
+    if meant is not None:
+        remedy = f"give {meant}, which is a store with models"
+    return f"{where}there is no model in the store; {remedy}"
 
 
 def policies_of(wanted: Iterable[str]) -> dict[str, VersionPolicy]:
@@ -272,8 +281,15 @@ class Repository:
             if str(entry.version) == version:
                 return entry
         known = ", ".join(str(entry.version) for entry in found)
+        listing = self._models[name].listing
+        hint = ""
+        if listing is not None and version in map(str, listing.versions):
+            hint = (
+                f"; the store has it: tag it champion, add it to versions of models.{name} in serve.toml, "
+                f"or start with --model {name}={version}"
+            )
         raise UnknownModel(
-            f"version {version[:40]!r} of model {name!r} is not served here; there are: {known}",
+            f"version {version[:40]!r} of model {name!r} is not served here; there are: {known}{hint}",
             name=name,
             version=version,
         )
@@ -309,20 +325,9 @@ class Repository:
         for loaded in memory.resident.values():
             loaded.executor.observe()
         for model in self._models.values():
-            self._show_shadow(model)
+            model.shadow_counts.totals.tell()
         memory.note_use()
         memory.shrink()
-
-    def _show_shadow(self, model: ServedModel) -> None:
-        """Bring the metrics up to what the shadow's thread has counted."""
-        if model.traffic.shadow is None or model.default is None:
-            return
-        default = self._keeper.memory.resident.get((model.name, model.default))
-        metrics = None if default is None else default.executor.metrics
-        if metrics is not None:
-            for outcome, n in model.shadow_counts.news():
-                for _ in range(n):
-                    metrics.shadowed(str(model.traffic.shadow), outcome)
 
     def _model(self, name: str) -> ServedModel:
         model = self._models.get(name)

@@ -107,7 +107,7 @@ class ServedModel:
         weights = traffic.weights
         self.traffic = traffic
         self.fork = Fork(Split(self.name, weights), dict.fromkeys(weights, 0)) if weights else None
-        self.shadow_counts = ShadowCounts()
+        self.shadow_counts = ShadowCounts(self.shadow_counts.totals)
 
     def forget_failures(self, versions: Iterable[int]) -> None:
         for version in tuple(versions):

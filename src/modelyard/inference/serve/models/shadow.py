@@ -8,7 +8,7 @@ out as soon as calls wait.
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from modelyard.bundle.answers import label_output, score_output
 from modelyard.bundle.manifest import Signature
 from modelyard.inference.serve.calls import Call
+from modelyard.inference.serve.metrics.observe import ModelMetrics
 from modelyard.inference.serve.models.loading import Loaded, give_way
 from modelyard.inference.serve.models.traffic import Sampler
 
@@ -28,7 +29,6 @@ _TOLERANCE = 1e-3
 
 Arrays = Mapping[str, NDArray[Any]]
 Outcome = Literal["agreed", "differed", "failed", "skipped"]
-_OUTCOMES: tuple[Outcome, ...] = ("agreed", "differed", "failed", "skipped")
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,36 @@ def same_inputs(one: Signature, other: Signature) -> bool:
     ]
 
 
+class ShadowTotals:
+    """What became of calls by the metrics of the version that answered, the shadow and the outcome, whatever the traffic was.
+
+    Each key is written by one thread: those of "skipped" by the event loop, the others by the mirror's.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[tuple[ModelMetrics, int, Outcome], int] = {}
+        self._told: dict[tuple[ModelMetrics, int, Outcome], int] = {}
+
+    def add(self, metrics: ModelMetrics | None, shadow: int, outcome: Outcome) -> None:
+        if metrics is not None:
+            key = (metrics, shadow, outcome)
+            self._totals[key] = self._totals.get(key, 0) + 1
+
+    def tell(self) -> None:
+        """Bring the metrics up to the totals. On the event loop."""
+        for key, total in tuple(self._totals.items()):
+            metrics, shadow, outcome = key
+            for _ in range(total - self._told.get(key, 0)):
+                metrics.shadowed(str(shadow), outcome)
+            self._told[key] = total
+
+
 @dataclass(slots=True)
 class ShadowCounts:
     """What became of the calls that were to be repeated. Written on the mirror's thread, but for `n_skipped`."""
 
+    totals: ShadowTotals = field(default_factory=ShadowTotals)
+    """Outlive these counts, which begin anew with each change of the traffic."""
     n_agreed: int = 0
     n_differed: int = 0
     n_failed: int = 0
@@ -86,23 +112,16 @@ class ShadowCounts:
     n_rows_agreed: int = 0
     max_abs_difference: float = 0.0
     last_error: str = ""
-    _told: tuple[int, int, int, int] = (0, 0, 0, 0)
 
-    def news(self) -> tuple[tuple[Outcome, int], ...]:
-        """Return how many of each outcome there were since the last time."""
-        now = (self.n_agreed, self.n_differed, self.n_failed, self.n_skipped)
-        since = [count - before for count, before in zip(now, self._told, strict=True)]
-        self._told = now
-        return tuple(zip(_OUTCOMES, since, strict=True))
-
-    def add(self, found: Comparison) -> None:
+    def add(self, found: Comparison) -> Outcome:
         self.n_rows += found.n_rows
         self.n_rows_agreed += found.n_agreeing
         self.max_abs_difference = max(self.max_abs_difference, found.max_abs_difference)
         if found.n_agreeing == found.n_rows:
             self.n_agreed += 1
-        else:
-            self.n_differed += 1
+            return "agreed"
+        self.n_differed += 1
+        return "differed"
 
 
 class Mirror:
@@ -146,6 +165,7 @@ class Shadow:
     def __init__(self, first: Loaded, second: Loaded, share: float, counts: ShadowCounts, mirror: Mirror) -> None:
         self._scheduler = first.executor.scheduler
         self._signature = first.signature
+        self._metrics = first.executor.metrics
         self._second = second
         self._share = share
         self._sampler = Sampler(share)
@@ -162,6 +182,7 @@ class Shadow:
             return
         if self._scheduler.queued_rows or self._mirror.is_full or call.n_rows > _MAX_ROWS:
             self.counts.n_skipped += 1
+            self._note("skipped")
             return
         self._mirror.repeat(self, Call(call.inputs, call.n_rows, call.bucket), call.outputs())
 
@@ -176,7 +197,11 @@ class Shadow:
             outputs = run(packer.join([call], call.n_rows, padded_to))
             if padded_to > call.n_rows:
                 outputs = {name: array[: call.n_rows] for name, array in outputs.items()}
-            self.counts.add(compare(answers, outputs, self._signature, call.n_rows))
+            self._note(self.counts.add(compare(answers, outputs, self._signature, call.n_rows)))
         except Exception as exc:  # noqa: BLE001  # a shadow may fail in any way and nobody is to notice but who looks
             self.counts.n_failed += 1
             self.counts.last_error = f"{type(exc).__name__}: {exc}"[:500]
+            self._note("failed")
+
+    def _note(self, outcome: Outcome) -> None:
+        self.counts.totals.add(self._metrics, self._second.version, outcome)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from modelyard.errors import MissingExtra, ModelyardError, StoreError
 from modelyard.inference.serve.app import App
-from modelyard.inference.serve.front import Front
+from modelyard.inference.serve.front import Front, outcome_of
 from modelyard.inference.serve.metrics.access_log import AccessLog
 from modelyard.inference.serve.metrics.observe import ServerMetrics, Timeline
 from modelyard.inference.serve.metrics.tracing import Tracer
@@ -47,7 +49,6 @@ _OPERATIONS = (
     *operations.REPOSITORY,
     *operations.MONITORING,
 )
-_EXTENSIONS = (*open_inference.EXTENSIONS, *statistics_api.EXTENSIONS, repository_api.EXTENSION)
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ class Worker:
         if settings.trace_sample is not None:
             self._tracer = Tracer(sample=settings.trace_sample)
             self._tracer.start()
-        front = Front(repository, self._metrics)
+        front = Front(repository, self._metrics, seat.behind)
         self._http = Connections(
-            App(self._routes(front)), settings.limits, on_served=self._on_served, on_open=self._count
+            App(self._routes(front), on_refused=self._on_refused),
+            settings.limits,
+            on_served=self._on_served,
+            on_refused=self._on_refused,
+            on_open=self._count,
         )
         self._listeners: dict[str, Any] = {"http": self._http}
         if settings.grpc_port is not None:
@@ -146,9 +151,15 @@ class Worker:
 
     def _routes(self, front: Front) -> Iterable[Route]:
         repository = self._repository
+        extensions = (
+            *open_inference.EXTENSIONS,
+            *statistics_api.EXTENSIONS,
+            *self._trace.extensions,
+            repository_api.EXTENSION,
+        )
         return [
             *statistics_api.routes(repository, self._metrics.snapshot, self._log, self._trace, self._broadcast),
-            *open_inference.routes(front, repository, _EXTENSIONS),
+            *open_inference.routes(front, repository, extensions),
             *tensorflow.routes(front, repository),
             *repository_api.routes(repository, self._broadcast),
             *monitoring.routes(self._metrics),
@@ -243,9 +254,19 @@ class Worker:
     def _on_unload(self, name: str, version: int, cause: str) -> None:
         self._metrics.model(name, version).unloaded(cause)
 
+    def _on_refused(self, request: Request, error: Exception) -> None:
+        """A request is answered with an error and never meets the front, which counts what does."""
+        outcome, cause = outcome_of(error, admitted=False)
+        self._metrics.ended("http", outcome, cause)
+        request.served = cause
+
     def _on_served(self, request: Request, response: Response) -> None:
         if self._access_log is not None or self._tracer is not None:
             call = request.served
+            if isinstance(call, str):  # the cause of a refusal
+                request.served = None
+                self._tell(response.status, None, partial(_refused, request, response, call))
+                return
             self._tell(
                 response.status,
                 call,
@@ -321,6 +342,10 @@ def _entries(repository: Repository, name: str) -> tuple[Entry, ...]:
         return repository.entries(name)
     except ModelyardError:  # its policy asks for what the store has not
         return ()
+
+
+def _refused(request: Request, response: Response, cause: str) -> Timeline:
+    return msgspec.structs.replace(timeline_of(request, response, time.perf_counter()), cause=cause)
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:

@@ -15,8 +15,6 @@ from modelyard.inference.serve.protocols import repository_api, statistics_api
 from modelyard.inference.serve.protocols.infer_message import parameters_of
 from modelyard.inference.serve.protocols.statistics_api import LOG_COMMAND, TRACE_COMMAND, LogControl, TraceControl
 
-EXTENSIONS = (*statistics_api.EXTENSIONS, repository_api.EXTENSION)
-
 Values = Json | Coroutine[Any, Any, Json]
 Answer = Callable[[Any], Values]
 """A response as plain values, made of a request; or a coroutine that returns it."""
@@ -40,6 +38,7 @@ class Extensions:
             snapshot: what all workers have counted; called on another thread.
             broadcast: has every worker, this one included, do a command.
         """
+        self.names = (*statistics_api.EXTENSIONS, *trace.extensions, repository_api.EXTENSION)
         self._repository = repository
         self._snapshot = snapshot
         self._log = log

@@ -101,6 +101,7 @@ class Codec:
             else:
                 call = packer.pack(self._arrays(ask, parts), ask.n_rows, unchecked=True)
         call.timeout_s, call.priority, call.form = ask.timeout_s, ask.priority, (ask, request_id)
+        call.explain = ask.explain
         return call
 
     def answer(self, call: Call) -> bytes:

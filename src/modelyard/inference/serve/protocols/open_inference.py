@@ -87,6 +87,16 @@ class Infer(HttpAdapter):
 
     protocol = "rest-v2"
 
+    def own_timeout_s(self, request: Request) -> float | None:
+        body = request.body
+        if b'"timeout"' not in body:
+            return None
+        length = int(request.head.headers.get(_JSON_LENGTH, b"") or len(body))
+        try:
+            return timeout_of(json_body(body[:length])["parameters"])
+        except (RequestError, LookupError, TypeError, ValueError):  # `read` says what is wrong
+            return None
+
     def read(self, request: Request, loaded: Loaded) -> Call:
         codec = loaded.codec(Codec)
         body = request.body
@@ -284,7 +294,8 @@ def _read_inputs(
     names = [spec.name for spec in signature.inputs]
     if not isinstance(tensors, list) or not all(isinstance(tensor, dict) for tensor in tensors):
         raise RequestError(
-            f"inputs must be a list of tensors, got {short(tensors)}; this model takes {', '.join(names)}"
+            f"inputs must be a list of tensors, got {short(tensors)}; this model takes {', '.join(names)}; rows with named columns go "
+            "to /v1/models/NAME:predict"
         )
     arrays: dict[str, NDArray[Any]] = {}
     binary: list[tuple[TensorSpec, tuple[int, ...], int, int]] = []

@@ -25,9 +25,10 @@ from modelyard.inference.serve.explain import timeline
 from modelyard.inference.serve.front import Front, is_explained
 from modelyard.inference.serve.models.repository import Json, Loaded, Repository
 from modelyard.inference.serve.protocols import open_inference
-from modelyard.inference.serve.protocols.extensions_grpc import EXTENSIONS, Answer, Extensions
+from modelyard.inference.serve.protocols.extensions_grpc import Answer, Extensions
 from modelyard.inference.serve.protocols.grpc_standard import HEALTH, health, reflection
 from modelyard.inference.serve.protocols.infer_message import Codec, Outlines, field
+from modelyard.inference.serve.protocols.open_inference import timeout_of
 from modelyard.inference.serve.protocols.protos import message, pool
 from modelyard.inference.serve.protocols.tensors import wire_shape
 from modelyard.inference.serve.transport.grpc import (
@@ -55,6 +56,13 @@ class Infer:
 
     protocol = "grpc"
 
+    def own_timeout_s(self, asker: "UnaryCall | StreamItem") -> float | None:
+        parameters = asker.form[0].request.parameters
+        try:
+            return timeout_of({"timeout": parameters["timeout"].int64_param}) if "timeout" in parameters else None
+        except RequestError:  # `read` says what is wrong
+            return None
+
     def read(self, asker: "UnaryCall | StreamItem", loaded: Loaded) -> Call:
         outline, request_id, at = asker.form
         return loaded.codec(Codec).call(outline, asker.message, request_id, at)
@@ -69,8 +77,9 @@ class Infer:
     def fail(self, asker: "UnaryCall | StreamItem", error: Exception, call: Call | None) -> None:
         metadata: Metadata = ()
         if call is not None:
-            asker.served = call
-            if call.explain or (call.form is not None and call.form[0].explain):
+            if call.loaded is not None:
+                asker.served = call
+            if call.explain:
                 metadata = ((b"modelyard-timeline", orjson.dumps(timeline(call))),)
         fail(asker, error, metadata)
         asker.served = None
@@ -134,7 +143,7 @@ class StreamItem:
         if self._stream.real_errors:
             self._stream.break_off(status, message, metadata)
         else:
-            self._settle(self._stream.error(message, self.form))
+            self._settle(self._stream.error(message, self.form, metadata))
 
     def _log(self, status: Status, message: str, n_bytes: int) -> None:
         on_answered = self._stream.call.plan.rpc.on_answered
@@ -167,9 +176,11 @@ class InferStream:
         call.on_drain = self._on_drain
         call.on_gone = self._cancel
 
-    def error(self, text: str, form: Any) -> bytes:
-        """Return the response that tells an error."""
+    def error(self, text: str, form: Any, metadata: Metadata) -> bytes:
+        """Return the response that tells an error; what a call would have in its trailers, it has as parameters."""
         response = self._response(error_message=text)
+        for name, value in metadata:
+            response.infer_response.parameters[name.decode()].string_param = value.decode()
         if form is not None:
             response.infer_response.id = form[1].decode("utf-8", "replace")
         encoded: bytes = response.SerializeToString()
@@ -291,10 +302,12 @@ class InferenceService:
         return self._repository.ready if service in ("", SERVICE) else None
 
     def _server_metadata(self, request: Any) -> Json:
-        extensions = (
-            open_inference.EXTENSIONS if self._extensions is None else (*open_inference.EXTENSIONS, *EXTENSIONS)
-        )
-        return {"name": "modelyard", "version": __version__, "extensions": extensions}
+        others = () if self._extensions is None else self._extensions.names
+        return {
+            "name": "modelyard",
+            "version": __version__,
+            "extensions": (*open_inference.EXTENSIONS, *others),
+        }
 
     def _model_ready(self, request: Any) -> Json:
         try:

@@ -34,7 +34,8 @@ from modelyard.inference.serve.protocols.json_schema import (
     row_schema,
     tensors_schema,
 )
-from modelyard.inference.serve.protocols.operations import Operation
+from modelyard.inference.serve.protocols.operations import OPENAPI, Operation
+from modelyard.inference.serve.protocols.tensorflow import is_in_b64
 from modelyard.inference.serve.transport.messages import Request, Response
 from modelyard.inference.serve.transport.routes import Route
 
@@ -81,7 +82,7 @@ def document(models: Iterable[Described], operations: Iterable[Operation] = ()) 
 
 def routes(repository: Repository, operations: Iterable[Operation]) -> Iterable[Route]:
     """Return the routes of the document; `operations` are those of the server's other routes."""
-    shared = tuple(operations)
+    shared = (*operations, *OPENAPI)
     known: dict[tuple[str, int], tuple[Described, _Part]] = {}
 
     async def written(names: Iterable[str], operations: Iterable[Operation]) -> Response:
@@ -160,7 +161,7 @@ def _schemas_of(model: Described) -> dict[str, Json]:
     )
     return {
         row: row_schema(signature, model.example),
-        prediction: prediction_schema(signature),
+        prediction: _with_b64(prediction_schema(signature), signature),
         example: example_schema(signature),
         f"{key}.PredictRequest": {
             "anyOf": [
@@ -171,7 +172,7 @@ def _schemas_of(model: Described) -> dict[str, Json]:
         f"{key}.PredictAnswer": {
             "anyOf": [
                 obj({"predictions": array(_ref(prediction)), **timeline}, ["predictions"]),
-                obj({"outputs": outputs_schema(signature), **timeline}, ["outputs"]),
+                obj({"outputs": _with_b64(outputs_schema(signature), signature), **timeline}, ["outputs"]),
             ]
         },
         f"{key}.ExamplesRequest": obj(
@@ -199,6 +200,14 @@ def _schemas_of(model: Described) -> dict[str, Json]:
             ["model_name", "outputs"],
         ),
     }
+
+
+def _with_b64(schema: Json, signature: Signature) -> Json:
+    """Return the schema of these outputs with those that are written in base64 left open but for a description."""
+    in_b64 = {spec.name: _IN_B64 for spec in signature.outputs if is_in_b64(spec)}
+    if not in_b64:
+        return schema
+    return _IN_B64 if len(signature.outputs) == 1 else schema | {"properties": schema["properties"] | in_b64}
 
 
 def _paths_of(model: Described) -> dict[str, Json]:
@@ -341,6 +350,7 @@ _DESCRIPTION = (
     "Rows with named columns on the paths of TensorFlow Serving and KServe v1, tensors by the Open Inference Protocol v2 with its "
     'binary extension. Every fault is answered as {"error": text}.'
 )
+_IN_B64: Json = {"description": 'Texts in base64, each as {"b64": text}, nested as the shape says.'}
 _SIGNATURE_NAME: Json = {"enum": ["serving_default"]}
 _BINARY: Json = {
     "application/octet-stream": {"schema": TEXT | {"format": "binary", "description": "JSON, and tensors behind it."}}
@@ -367,12 +377,13 @@ _SCHEMAS: dict[str, Json] = {
             "model": TEXT,
             "version": COUNT,
             "rows": COUNT,
+            "arrived_at": TEXT,
             "deadline_ms": _MS,
+            "load_wait_ms": _MS,
             "admitted_after_ms": _MS,
             "waited_ms": _MS,
             "started_because": TEXT,
             "batch": obj({"rows": COUNT, "requests": COUNT, "compute_ms": _MS}),
-            "error": TEXT,
             "cause": TEXT,
             "total_ms": _MS,
             "summary": TEXT,

@@ -173,3 +173,9 @@ MONITORING = tuple(
     Operation("GET", path, "Metrics for Prometheus", None) for path in ("/metrics", "/monitoring/prometheus/metrics")
 )
 """Of monitoring.py."""
+
+OPENAPI = (
+    Operation("GET", "/openapi.json", "This document", _ANYTHING),
+    Operation("GET", "/v2/models/{model}/openapi.json", "What can be asked of a model, in OpenAPI", _ANYTHING),
+)
+"""Of openapi.py, which adds them itself."""

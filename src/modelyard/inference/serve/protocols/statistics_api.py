@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from modelyard.bundle.manifest import TensorSpec
-from modelyard.errors import RequestError
+from modelyard.errors import RequestError, UnknownPath
 from modelyard.inference.serve.metrics import triton_metrics as triton
 from modelyard.inference.serve.metrics import vocabulary as names
 from modelyard.inference.serve.metrics.metrics import Family, HistogramValue, Snapshot
@@ -25,7 +25,7 @@ from modelyard.inference.serve.protocols.tensors import wire_shape
 from modelyard.inference.serve.transport.messages import Request, Response, json_body, json_response
 from modelyard.inference.serve.transport.routes import Route
 
-EXTENSIONS = ("statistics", "model_configuration", "logging", "trace")
+EXTENSIONS = ("statistics", "model_configuration", "logging")
 
 LOG_COMMAND, TRACE_COMMAND = "log settings", "trace settings"
 STICKY = frozenset({LOG_COMMAND, TRACE_COMMAND})
@@ -196,7 +196,7 @@ class TraceControl:
             start: the settings the server was started with; None where it has nowhere to send traces to.
             on_change: told the settings that a model has from now on; None is every model without its own.
         """
-        self._can_send = start is not None
+        self.extensions = () if start is None else ("trace",)
         self._start = start or TraceSettings(on=False)
         self._on_change = on_change
         self._changes: dict[str | None, Json] = {}
@@ -208,6 +208,11 @@ class TraceControl:
         return found if model is None else _traced(self._changes.get(model, {}), found)
 
     def settings(self, model: str | None = None) -> Json:
+        """Return the settings of a model, or those of all; raises UnknownPath where there is nowhere to send traces to."""
+        if not self.extensions:
+            raise UnknownPath(
+                "this server has no trace settings, since it was started with nowhere to send traces to; start it with --trace-sample"
+            )
         found = self.of(model)
         return {
             "trace_level": ["TIMESTAMPS"] if found.on else ["OFF"],
@@ -227,10 +232,6 @@ class TraceControl:
             if name == "trace_level":
                 if value not in (["TIMESTAMPS"], ["OFF"], "TIMESTAMPS", "OFF"):
                     raise RequestError(f'trace_level must be ["TIMESTAMPS"] or ["OFF"], got {value!r:.60}')
-                if not self._can_send and "OFF" not in value:
-                    raise RequestError(
-                        "trace_level must be OFF, since this server was started with nowhere to send traces to"
-                    )
             elif name == "trace_rate":
                 text = str(value)
                 if isinstance(value, bool) or not (text.isascii() and text.isdigit() and 0 < int(text) < 10**9):

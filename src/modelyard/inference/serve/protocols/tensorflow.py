@@ -14,15 +14,17 @@ without one; NaN in answers is null, since JSON has no NaN.
 import base64
 import json
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from modelyard.bundle.manifest import Signature, TensorSpec
-from modelyard.errors import RequestError
+from modelyard.errors import RequestError, UnknownPath
 from modelyard.inference.rows import rows_to_arrays
-from modelyard.inference.serve.calls import Call, terms_of
+from modelyard.inference.serve.calls import Call, Run, terms_of
 from modelyard.inference.serve.front import Front, HttpAdapter, check_rows
 from modelyard.inference.serve.models.repository import Entry, Loaded, Repository
 from modelyard.inference.serve.packing import Packer
@@ -53,6 +55,21 @@ class Codec:
         self.quick = QuickReader(signature)
         self.writer = RowWriter(signature)
         self.tensor_names = [orjson.dumps(spec.name) for spec in signature.outputs]
+        self._in_b64 = [spec.name for spec in signature.outputs if is_in_b64(spec)]
+
+    def to_write(self, call: Call) -> Call:
+        """Return the call as the writer is to have it: with the texts that are written as {"b64": …} turned into that."""
+        run = call.run
+        if not self._in_b64 or run is None:
+            return call
+        written: Run | None = run.scratch.get(self)
+        if written is None:
+            written = run.scratch[self] = copy(run)
+            written.outputs = {**run.outputs, **{name: _wrapped(run.outputs[name]) for name in self._in_b64}}
+            written.scratch = {}
+        call = copy(call)
+        call.run = written
+        return call
 
 
 class Predict(HttpAdapter):
@@ -100,6 +117,7 @@ class Predict(HttpAdapter):
         assert call.loaded is not None
         codec = call.loaded.codec(Codec)
         writer = codec.writer
+        call = codec.to_write(call)
         if call.form is _ROWS:
             return Response(200, b'{"predictions":[%b]}' % b",".join(writer.predictions(call)))
         tensors = writer.tensors(call, one=call.form is _ONE_ROW)
@@ -168,7 +186,7 @@ def routes(front: Front, repository: Repository) -> Iterable[Route]:
         return json_response(
             {
                 "name": model,
-                "ready": entries[0].state == "ready",
+                "ready": entries[0].answers,
                 "model_version_status": [_version_status(entry) for entry in entries],
             }
         )
@@ -184,8 +202,16 @@ def routes(front: Front, repository: Repository) -> Iterable[Route]:
             }
         )
 
+    def explain(request: Request, model: str, version: str | None = None, label: str | None = None) -> Response:
+        """KServe v1 has it, and clients are to learn that it is not their path that is wrong."""
+        raise UnknownPath(
+            "explanations of predictions are not offered here; POST the rows to :predict, and with the header "
+            "Modelyard-Explain: true for how the answer came about in time"
+        )
+
     places = ("/v1/models/{model}", "/v1/models/{model}/versions/{version}", "/v1/models/{model}/labels/{label}")
     asked = [Route("POST", f"{place}:{verb}", ask(verb), ignore_case=True) for place in places for verb in adapters]
+    asked += [Route("POST", f"{place}:explain", explain, ignore_case=True) for place in places]
     told = [
         Route("GET", f"{place}{end}", answer, ignore_case=True)
         for place in places
@@ -265,6 +291,18 @@ def _is_one_row(value: Any, spec: TensorSpec) -> bool:
     return depth == len(spec.row_shape)
 
 
+def is_in_b64(spec: TensorSpec) -> bool:
+    """Whether an output is written as {"b64": …}: TensorFlow Serving does so by its name."""
+    return spec.datatype == "BYTES" and spec.name.endswith("_bytes")
+
+
+def _wrapped(texts: NDArray[Any]) -> NDArray[Any]:
+    """Return the same array with {"b64": …} in the place of each text."""
+    wrapped = np.empty(texts.shape, dtype=object)
+    wrapped.reshape(-1)[:] = [{"b64": base64.b64encode(text.encode()).decode()} for text in texts.reshape(-1).tolist()]
+    return wrapped
+
+
 def _decoded(rows: list[Any], body: bytes) -> list[Any]:
     """Return the rows of `body` with {"b64": …} as the text it stands for."""
     if b"b64" not in body and b"\\u" not in body:  # nor any of it written as an escape
@@ -307,10 +345,14 @@ def _result_output(verb: str, signature: Signature) -> TensorSpec:
 
 
 def _version_status(entry: Entry) -> dict[str, Any]:
+    """A version that its first request loads is available: a client that waited for it to be would wait for ever."""
     return {
         "version": str(entry.version),
-        "state": _STATES[entry.state],
-        "status": {"error_code": "FAILED_PRECONDITION" if entry.reason else "OK", "error_message": entry.reason},
+        "state": "AVAILABLE" if entry.answers else _STATES[entry.state],
+        "status": {
+            "error_code": "FAILED_PRECONDITION" if entry.reason and not entry.answers else "OK",
+            "error_message": entry.reason,
+        },
     }
 
 

@@ -16,6 +16,7 @@ A centre per size and one spread for all sizes, l(b) = centre(b) * spread:
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
+from math import inf
 
 from modelyard.bundle.profile import Latency
 from modelyard.errors import ConfigError
@@ -35,7 +36,7 @@ _FORGET_RUNS = 256
 _REDRAW_RUNS = 64
 """The curve is drawn anew after so many runs; a surprise counts for several, a young size for all of them."""
 _SURPRISE = 12
-_RELAX = 0.9
+_RELAX = 0.8
 _SHORTEST_S = 1e-9
 
 
@@ -59,6 +60,7 @@ class LatencyModel:
         "_curve",
         "_knot_of",
         "_known",
+        "_least_s",
         "_n_runs",
         "_n_undrawn",
         "_runs",
@@ -97,6 +99,11 @@ class LatencyModel:
         self._weights = [0.0] * len(self._sizes)  # runs behind each centre; 0: nothing but the curve around it
         for size in measured:
             self._weights[self._knot_of[size]] = _YOUNG
+        self._least_s = [inf] * len(self._sizes)  # the shortest run ever seen of each size, or measured before
+        for size, each in measured.items():
+            self._least_s[self._knot_of[size]] = each.p50_s
+        if not measured:
+            self._least_s[0] = guess_row_s
         self._n_runs = 0
         self._seen_at = [0] * len(self._sizes)  # the value of `_n_runs` then
         spreads = sorted(max(1.0, each.p99_s / each.p50_s) for each in measured.values()) or [_UNMEASURED_SPREAD]
@@ -115,7 +122,7 @@ class LatencyModel:
         other = LatencyModel(self.max_batch_size)
         other._curve, other._spread, other._known = self._curve, self._spread, self._known
         other._centres, other._runs = self._centres.copy(), self._runs.copy()
-        other._weights = self._weights.copy()
+        other._weights, other._least_s = self._weights.copy(), self._least_s.copy()
         other._n_runs = _FORGET_RUNS + 1  # all of it is hearsay: the first runs may overrule it
         return other
 
@@ -144,6 +151,10 @@ class LatencyModel:
         """Return whether l(n_rows) rests on runs or a profile of about this size, rather than on extrapolation."""
         return self._weights[self._knot_of[n_rows]] > 0.0
 
+    def least_s(self, n_rows: int) -> float:
+        """Return the shortest time that `n_rows` or more have ever taken, as far as was seen; infinity where none were."""
+        return min(self._least_s[self._knot_of[n_rows] :])
+
     def well_known(self, limit: int) -> tuple[int, int]:
         """Return the smallest and the largest size up to `limit` that some runs or a profile tell of; (0, 0) where none do."""
         known = [
@@ -161,6 +172,8 @@ class LatencyModel:
         if weight >= _YOUNG and n_runs - self._seen_at[knot] > _FORGET_RUNS:
             weight = _YOUNG - 1.0
         self._seen_at[knot] = n_runs
+        if seen_s < self._least_s[knot]:
+            self._least_s[knot] = seen_s
         centre_s = self._centres[knot] if weight else drawn_s
         if weight < _YOUNG:
             self._n_undrawn += _REDRAW_RUNS
@@ -179,15 +192,15 @@ class LatencyModel:
             self._runs.append((knot, seen_s))
 
     def relax(self) -> None:
-        """Believe in a faster machine: forget the slowest run, or where all were alike, take a tenth off everything.
+        """Believe in a faster machine: forget the slowest runs, or where all were alike, take a fifth off everything.
 
         For an owner that would refuse all work because of what it has learned, and so would never learn better.
         """
-        ratios = [seen_s / self._centres[knot] for knot, seen_s in self._runs]
-        slowest = max(range(len(ratios)), key=ratios.__getitem__)
-        if ratios[slowest] > 1.05:
-            knot, _ = self._runs[slowest]
-            self._runs[slowest] = (knot, self._centres[knot])
+        slow = [i for i, (knot, seen_s) in enumerate(self._runs) if seen_s > 1.05 * self._centres[knot]]
+        if len(slow) >= _RANK:
+            for i in slow:
+                knot, _ = self._runs[i]
+                self._runs[i] = (knot, self._centres[knot])
         else:
             self._centres = [_RELAX * centre_s for centre_s in self._centres]
             self._runs = deque(((knot, _RELAX * seen_s) for knot, seen_s in self._runs), maxlen=_N_RUNS)

@@ -627,7 +627,10 @@ class Scheduler:
         own_s = self._service_s(lane, n_rows)
         late_s = now_s + own_s + self._reply_s - deadline_s
         if late_s > 0.0:
-            if not self._running and deadline_s - now_s >= self._window_s:
+            if not self._running and (
+                deadline_s - now_s >= self._window_s
+                or now_s + lane.latency.least_s(min(n_rows, self._largest)) + self._reply_s <= deadline_s
+            ):
                 self._doubt(lane, now_s)
             return Refusal("deadline", own_s)
         n_ahead = self._n_rows + self._n_retry_rows
@@ -693,7 +696,10 @@ class Scheduler:
         return (priority if 1 <= priority <= len(policy.priority_weights) else policy.default_priority) - 1
 
     def _doubt(self, lane: _Lane, now_s: float) -> None:
-        """Nothing runs and yet a request with all the target before it is refused: what was learned may be out of date."""
+        """Nothing runs, and yet a request is refused that has the whole target, or such a time as was enough before.
+
+        What was learned may be out of date.
+        """
         if now_s >= lane.doubt_s:
             lane.doubt_s = now_s + lane.l_s[1]  # as often as a run could have told
             lane.latency.relax()

@@ -9,6 +9,8 @@ looked up instead of parsed from then on; equal bytes have equal meaning.
 """
 
 import asyncio
+import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +38,9 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MAX_KNOWN_HEADS, _MAX_KNOWN_HEAD_BYTES = 1024, 4096
 _COMPRESS_FROM_BYTES = 1024
 _BUSY_GAP_S = 50e-6
+_PROBE_S = 0.02  # most answers are out before; a reset from far away is found by the sweep
+_TCP_CLOSED = 7  # TCP_CLOSE of Linux's tcp_states.h
+_LISTS = frozenset((b"content-encoding", b"transfer-encoding"))
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,19 @@ class Connections:
         limits: HttpLimits,
         *,
         on_served: Callable[[Request, Response], None] | None = None,
+        on_refused: Callable[[Request, Exception], None] | None = None,
         on_open: Callable[[int], None] | None = None,
     ) -> None:
         """
         Args:
             on_served: told of every request as its answer is written.
+            on_refused: told of every request that is answered with an error here, and which the handler never sees.
             on_open: told how many connections there are whenever that changes.
         """
         self.handler = handler
         self.limits = limits
         self.on_served = on_served
+        self.on_refused = on_refused
         self.on_open = on_open
         self.open: set[HttpConnection] = set()
         self.n_received_bytes = self.n_sent_bytes = self.n_discarded_bytes = 0
@@ -245,7 +253,9 @@ class HttpConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._client_done = True
         if self._in_message and not self._stopped:
-            self._stopped, self._in_message, self._in_head = True, False, False  # cut off: nothing to answer
+            self._refuse_rest()
+        if self._exchanges:
+            self._loop.call_later(_PROBE_S, self._probe)
         return bool(self._exchanges)  # True keeps our side open until the answers are out
 
     def pause_writing(self) -> None:
@@ -276,7 +286,10 @@ class HttpConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_head(len(name) + len(value) + 4)
         if self._in_head:  # a trailer after a chunked body says nothing we need
-            self._headers[name.lower()] = value
+            name = name.lower()
+            if name in _LISTS and name in self._headers:
+                value = self._headers[name] + b", " + value
+            self._headers[name] = value
 
     def on_headers_complete(self) -> None:
         if self._stopped or self._parser.should_upgrade():
@@ -287,6 +300,11 @@ class HttpConnection(asyncio.Protocol):
             self._refuse(RequestError(f"HTTP version {version} is not spoken here; use HTTP/1.1"))
         elif version == "1.1" and b"host" not in self._headers:
             self._refuse(RequestError("malformed HTTP request: no Host header; HTTP/1.1 requires one"))
+        elif self._headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
+            coding = self._headers[b"transfer-encoding"].decode("latin-1")
+            self._refuse(
+                RequestError(f"Transfer-Encoding of an HTTP request must be chunked, got {coding!r:.60}; send it so")
+            )
         elif int(self._headers.get(b"content-length", b"0")) > self._limits.max_body_bytes:
             self._refuse_body()
         elif version == "1.1" and self._headers.get(b"expect", b"").lower() == b"100-continue":
@@ -340,7 +358,7 @@ class HttpConnection(asyncio.Protocol):
             try:
                 exchange.body = decompressed(body, head.headers[b"content-encoding"], self._limits.max_body_bytes)
             except RequestError as exc:
-                exchange.reply(error_response(exc))
+                self._reply_error(exchange, exc)
                 return
         self._shared.handler(exchange)
         if len(self._exchanges) >= self._limits.max_pipelined:
@@ -362,6 +380,8 @@ class HttpConnection(asyncio.Protocol):
             heads[data[:end]] = (head, self._body_bytes)
 
     def check_time(self, now_s: float) -> None:
+        if self._client_done and self._exchanges:
+            self._check_gone()
         if now_s >= self._write_deadline_s or (self._lingering and now_s >= self._deadline_s):
             self.abort()
         elif now_s >= self._deadline_s and not self._read_paused:
@@ -373,6 +393,27 @@ class HttpConnection(asyncio.Protocol):
                 )
             elif not self._exchanges:
                 self.close()
+
+    def _probe(self) -> None:
+        """Find out whether a client that has closed its side still waits: if it is gone, what is sent to it brings a reset.
+
+        Who waits skips an interim response (RFC 9110, 15.2.1), which HTTP/1.0 does not know.
+        """
+        if self._exchanges and not self._exchanges[0].head.old_http and not self._transport.is_closing():
+            self._transport.write(_CONTINUE)
+            self._shared.n_sent_bytes += len(_CONTINUE)
+            self._loop.call_later(_PROBE_S, self._check_gone)
+
+    def _check_gone(self) -> None:
+        """Give up the answers of a client that has reset the connection.
+
+        Having read the end of its side, the event loop does not read the reset any more; the kernel has to be asked.
+        """
+        connected = self._transport.get_extra_info("socket")
+        if connected is None or self._transport.is_closing() or sys.platform != "linux":
+            return
+        if connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSED:
+            self.abort()
 
     def close(self) -> None:
         self._stopped = True
@@ -431,6 +472,16 @@ class HttpConnection(asyncio.Protocol):
             BodyTooLarge(f"the body exceeds {limit} bytes; split the request, or start with a larger --max-body-bytes")
         )
 
+    def _refuse_rest(self) -> None:
+        length = self._headers.get(b"content-length")
+        if self._in_head:
+            text = "the HTTP request ended before its headers did; end them with an empty line"
+        elif length is None:
+            text = "the HTTP request ended before its last chunk; send all of the body"
+        else:
+            text = f"the HTTP request ended after {self._body_bytes} of {int(length)} body bytes; send all of them"
+        self._refuse(RequestError(text))
+
     def _refuse(self, error: ModelyardError) -> None:
         """Answer the request in progress with `error`, after the answers before it, and read no more requests."""
         head = Head("", "")  # of a head that never ended nothing is certain
@@ -442,6 +493,11 @@ class HttpConnection(asyncio.Protocol):
         exchange = _Exchange(self, head, b"", self._arrived_s, close=True)
         exchange.linger = True
         self._exchanges.append(exchange)
+        self._reply_error(exchange, error)
+
+    def _reply_error(self, exchange: _Exchange, error: ModelyardError) -> None:
+        if self._shared.on_refused is not None:
+            self._shared.on_refused(exchange, error)
         exchange.reply(error_response(error))
 
     def flush(self) -> None:

@@ -38,7 +38,7 @@ class Head:
         self.path = path
         self.query = query
         self.headers: dict[bytes, bytes] = {} if headers is None else headers
-        """Names in lower case; of a repeated header the last one counts."""
+        """Names in lower case; of a repeated header the last one counts, but the values of repeated codings are joined."""
         self.keep_alive = keep_alive
         self.old_http = old_http
         self.route: Any = None
@@ -61,7 +61,7 @@ class Request:
         """Called when the client goes away before it is answered; set by whoever works on the answer."""
         self.response: Response | None = None
         self.served: Any = None
-        """What the access log should know of the inference, a call; None for other requests."""
+        """What the access log should know: a call, or the cause why it never became one; None for other requests."""
         self._request_id: bytes | None = None
 
     @property

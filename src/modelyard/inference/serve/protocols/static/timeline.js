@@ -46,8 +46,10 @@ export function showTimeline(timeline, elapsedMs) {
 }
 
 function stepsOf(timeline) {
-  const read = timeline.admitted_after_ms ?? 0;
-  const steps = [{ name: "read", ms: read, kind: "read", note: "and admitted" }];
+  const steps = [];
+  const admitted = timeline.admitted_after_ms;
+  if (admitted === null) steps.push({ name: "read", ms: 0, kind: "read", note: `not admitted: ${timeline.cause}` });
+  else steps.push({ name: "read", ms: admitted, kind: "read", note: "and admitted" });
   const batch = timeline.batch;
   if (batch) {
     steps.push({ name: "waited", ms: timeline.waited_ms, kind: "waited", note: timeline.started_because });
