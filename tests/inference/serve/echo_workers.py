@@ -99,8 +99,6 @@ class Worker:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "sleep" if command["number"] == number:
                 await asyncio.sleep(command["seconds"])
-            case "behind":
-                self.seat.behind()
             case "refuse":
                 return {"error": "never"}
             case "raise":

@@ -98,7 +98,6 @@ async def serving(
     *,
     on_thread: bool = False,
     target_s: float = 30.0,
-    on_behind: Callable[[], object] = lambda: None,
     **settings: Any,
 ) -> AsyncIterator[Serving]:
     """Serve version 1 of the model "m"; `settings` are those of `Loaded`."""
@@ -119,7 +118,7 @@ async def serving(
     repository = Repository([Pick("m", 1)])
     with ThreadPoolExecutor(1) as pool:
         await repository.load_all(lambda pick: loaded, pool, lambda entry: None)
-    front = Front(repository, metrics, on_behind)
+    front = Front(repository, metrics)
     routes = [
         *tensorflow.routes(front, repository),
         *open_inference.routes(front, repository),

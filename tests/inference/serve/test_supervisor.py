@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,7 +36,6 @@ from modelyard.inference.serve.processes.seat import (
 from modelyard.inference.serve.processes.supervisor import (
     Broadcast,
     Broadcasts,
-    Supervisor,
     SupervisorSettings,
     fewest,
     restart_delay_s,
@@ -261,37 +259,6 @@ def test_a_worker_that_stops_reading_holds_up_only_itself(server: Server) -> Non
         os.kill(pid, signal.SIGCONT)
     assert [client.read() for client in clients] == ["x"] * 400
     assert stalled.worker() == (number, pid)
-
-
-def test_workers_that_are_behind_get_new_connections_a_few_at_a_time_and_miss_none() -> None:
-    with running(n_workers=1) as server:
-        server.await_ready()
-        first = server.connect()
-        clients = []
-        for _ in range(5):
-            first.broadcast({"command": "behind"})
-            clients += [server.connect() for _ in range(20)]
-        for client in clients:
-            client.send("echo x")
-        assert [client.read() for client in clients] == ["x"] * 100
-
-
-def test_a_worker_that_is_behind_has_room_for_few() -> None:
-    supervisor = Supervisor({}, SupervisorSettings(n_workers=2), lambda seat: 0, on_ready=print, on_event=print)
-    supervisor._map_memory()
-    for number in range(2):
-        supervisor._takers.append(cast(Any, SimpleNamespace(n_sent=1, open_at=number * CELL_BYTES // 8, writing=False)))
-    seat = Seat(
-        1,
-        2,
-        channel=cast(Any, None),
-        tags=(),
-        counts=supervisor._memory[CELL_BYTES : 2 * CELL_BYTES],
-        slabs=[memoryview(b"")] * 2,
-    )
-    seat.count_open(7)
-    seat.behind()
-    assert supervisor._loads_and_rooms() == ([1, 8], [63, 3])
 
 
 def test_while_models_load_the_first_connections_are_served_already() -> None:

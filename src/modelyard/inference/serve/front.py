@@ -7,7 +7,6 @@ A protocol brings an Adapter; everything it would otherwise do by itself and dif
 
 import sys
 import traceback
-from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -82,13 +81,9 @@ class Adapter(Protocol):
 class Front:
     """Asks models on behalf of protocols. Belongs to the event loop."""
 
-    def __init__(
-        self, repository: Repository, metrics: ServerMetrics, on_behind: Callable[[], object] = lambda: None
-    ) -> None:
-        """`on_behind` is called for every request that was read too late to be answered in time."""
+    def __init__(self, repository: Repository, metrics: ServerMetrics) -> None:
         self._repository = repository
         self._metrics = metrics
-        self._on_behind = on_behind
 
     def ask(
         self,
@@ -174,7 +169,6 @@ class Front:
 
     def _turn_away(self, asker: Asker, terms: Terms, adapter: Adapter, loaded: Loaded) -> None:
         """Refuse what was read too late, for less than an answer costs: else an overload of the reader would never end."""
-        self._on_behind()
         late = loaded.too_late.get(adapter) or _too_late(adapter, loaded)
         error, metrics = late.error, loaded.executor.metrics
         assert error is not None

@@ -9,7 +9,6 @@ import contextlib
 import socket
 import struct
 import sys
-import time
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,11 +27,9 @@ _ITEMS_PER_WAKEUP = 16
 _LAST_WORDS_S = 1.0
 _CONNECTIONS, _PART, _END_PART = 0, 1, 2
 _ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_MESSAGE * 4)
-_OPEN, _TAKEN, _BEHIND_UNTIL_NS = 0, 1, 2
+_OPEN, _TAKEN = 0, 1
 CELL_BYTES = 64
-"""What a worker tells in shared memory, a cache line of its own: connections open now, connections taken ever, and until when
-on the monotonic clock it is behind with its reading."""
-_BEHIND_NS = 50_000_000
+"""A worker's counts in shared memory, a cache line of its own: connections open now, connections taken ever."""
 
 
 # From the worker.
@@ -322,10 +319,6 @@ class Seat:
         Call it whenever that changes, in `on_connection` first: a connection whose transport is still being made counts.
         """
         self._counts[_OPEN] = n
-
-    def behind(self) -> None:
-        """Say that requests are read too late to be answered: for the next 50 ms the supervisor sends few new connections."""
-        self._counts[_BEHIND_UNTIL_NS] = time.monotonic_ns() + _BEHIND_NS
 
     def drained(self, n_cut_off: int = 0) -> None:
         """Say that this worker is about to end, having left `n_cut_off` connections without their answer."""

@@ -61,9 +61,6 @@ _LEAVE_S = 1.0
 """How long draining may wait for busy workers to take the last connections from the backlog."""
 _INBOX = 64
 """Connections on their way to one worker; a worker that has stopped reading holds up no more than these."""
-_INBOX_BEHIND = 4
-"""The same for one that is behind. A connection costs several times what a request does, and clients that are not answered open
-more: taking them all as they come would be the end of those that are served."""
 _RETRY_S = 0.005
 """How soon to look again for a worker that takes connections."""
 _PATIENCE_S = 2.0
@@ -419,13 +416,12 @@ class Supervisor:
 
     def _loads_and_rooms(self) -> tuple[list[int], list[int]]:
         """Return, of each taker, the connections it has or is about to get, and how many more may be on their way to it."""
-        counts, now_ns = self._counts, time.monotonic_ns()
+        counts = self._counts
         loads, rooms = [], []
         for taker in self._takers:
             n_flying = taker.n_sent - counts[taker.open_at + 1]
-            inbox = _INBOX if now_ns >= counts[taker.open_at + 2] else _INBOX_BEHIND
             loads.append(counts[taker.open_at] + n_flying)
-            rooms.append(0 if taker.writing else inbox - n_flying)
+            rooms.append(0 if taker.writing else _INBOX - n_flying)
         return loads, rooms
 
     def _hand_over(self, worker: _Worker, tag: int, connections: list[socket.socket]) -> bool:
@@ -532,7 +528,7 @@ class Supervisor:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         open_at = number * (CELL_BYTES // 8)
-        self._counts[open_at] = self._counts[open_at + 1] = self._counts[open_at + 2] = 0
+        self._counts[open_at] = self._counts[open_at + 1] = 0
         worker = _Worker(number, pid, Channel(near), far, open_at, time.monotonic())
         self._workers[number] = worker
         self._selector.register(near, selectors.EVENT_READ, partial(self._on_channel, worker))

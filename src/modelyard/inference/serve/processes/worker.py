@@ -95,7 +95,7 @@ class Worker:
         if settings.trace_sample is not None:
             self._tracer = Tracer(sample=settings.trace_sample)
             self._tracer.start()
-        front = Front(repository, self._metrics, seat.behind)
+        front = Front(repository, self._metrics)
         self._http = Connections(
             App(self._routes(front), on_refused=self._on_refused),
             settings.limits,
