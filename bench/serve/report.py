@@ -25,7 +25,8 @@ def markdown(heading: str, findings: Sequence[Findings], names: Iterable[str]) -
     parts = [
         "# The server beside its peers",
         "Written by `make bench-serve`; how it measures is in [bench/serve](../bench/serve/README.md). Every figure is the median of "
-        "the turns, with the least and the most. Client and server shared the machine's cores.",
+        "the turns, with the least and the most. Client and server shared the machine's cores. Why bars are missed, where they are: "
+        "[notes](../bench/serve/notes.md#what-is-missed-and-why).",
         f"```\n{heading}\n```",
     ]
     parts += [_table(("", "bar", "measured", "promised", "ours", "against"), [_cells(bar) for bar in bars])]
