@@ -178,12 +178,12 @@ def test_processes_load_in_turns_and_one_that_dies_gives_its_turn_back() -> None
     assert taken.wait(PATIENCE_S)
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux alone has this class of threads")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
 def test_a_quiet_load_leaves_the_processor_to_everybody_else() -> None:
     def policy(pick: Pick) -> Any:
-        return os.sched_getscheduler(threading.get_native_id()), pick
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), pick
 
     pick = Pick("m", 1)
     found: Any = load_quietly(policy, Turns(), pick)
-    assert found == (os.SCHED_IDLE, pick)
-    assert policy(pick)[0] == os.SCHED_OTHER
+    assert found == (19, pick)
+    assert policy(pick)[0] < 19

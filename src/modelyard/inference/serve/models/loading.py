@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NICENESS = 10
+_NICENESS, _LEAST = 10, 19
 """Of the loader's thread: it has a tenth of a core's time where serving wants all of it, and never starves."""
 _MEASURE_S = 0.2
 _TARGET_S = 1.0
@@ -322,9 +322,9 @@ def give_way() -> None:
 
 
 def run_when_idle() -> None:
-    """Have whatever wakes up on the calling thread's processor run at once in its stead, for good; likewise on Linux alone."""
+    """Give the calling thread the least share of a busy processor, for good; not none, or a saturated server never loads."""
     if sys.platform == "linux":
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST)
 
 
 @functools.cache
