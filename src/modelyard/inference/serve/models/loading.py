@@ -42,8 +42,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NICENESS, _LEAST = 10, 19
+_NICENESS = 10
 """Of the loader's thread: it has a tenth of a core's time where serving wants all of it, and never starves."""
+_LOWEST = 19
+"""Of a load that nobody waits for. The idle class below it would starve the load where every processor is busy."""
 _MEASURE_S = 0.2
 _TARGET_S = 1.0
 _REPLY_S = 200e-6
@@ -310,21 +312,15 @@ class Turns:
 
 
 def load_quietly(load_one: Callable[[Pick], Loaded], turns: Turns, pick: Pick) -> Loaded:
-    """Load beside others that answer: on a thread that takes what they leave of the processors, one process at a time."""
-    with turns, ThreadPoolExecutor(1, thread_name_prefix="quiet-loader", initializer=run_when_idle) as pool:
+    """Load beside others that answer: on a thread of the lowest priority, one process at a time."""
+    with turns, ThreadPoolExecutor(1, "quiet-loader", give_way, (_LOWEST,)) as pool:
         return pool.submit(load_one, pick).result()
 
 
-def give_way() -> None:
-    """Lower the calling thread's priority; where the system gives threads none of their own, nothing happens."""
+def give_way(niceness: int = _NICENESS) -> None:
+    """Lower the calling thread's priority, for good; where the system gives threads none of their own, nothing happens."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-
-
-def run_when_idle() -> None:
-    """Give the calling thread the least share of a busy processor, for good; not none, or a saturated server never loads."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 @functools.cache
